@@ -1,0 +1,1 @@
+"""Small typed containers that every other room may use."""

@@ -1,0 +1,105 @@
+"""What comes out of a network for one photo (`Prediction`) and what an evaluator holds against it (`Truth`).
+
+All maps have the photo's own size; classes are semantic ids of the class table (`Categories`).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(slots=True)
+class Segment:
+    """One segment of a panoptic map.
+
+    area: pixels. bbox: x, y, width, height in pixels (COCO). score: 0..1 for things, None for stuff and truth.
+    is_crowd: a group of things (truth only).
+    """
+
+    id: int
+    semantic_id: int
+    area: int
+    bbox: tuple[int, int, int, int]
+    score: float | None = None
+    is_crowd: bool = False
+
+
+@dataclass(slots=True)
+class Detections:
+    """Instances found by the instance head, strongest last or first in no promised order.
+
+    boxes: N×4 float32 (x1, y1, x2, y2) inclusive photo pixels. classes: N int64 thing classes 1..C-1.
+    scores: N float32 in 0..1. masks: N COCO RLE dictionaries of the photo's size.
+    """
+
+    boxes: NDArray[np.float32]
+    classes: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    masks: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+
+@dataclass(slots=True)
+class Prediction:
+    """A network's answer for one photo; a part that a network does not give is None.
+
+    segment_map: H×W int32, ids of `segments`, 0 = no label. semantic_map: H×W int16 semantic ids.
+    """
+
+    image_id: int
+    file_name: str
+    segment_map: NDArray[np.int32] | None = None
+    segments: list[Segment] = field(default_factory=list)
+    instances: Detections | None = None
+    semantic_map: NDArray[np.int16] | None = None
+
+
+@dataclass(slots=True)
+class Truth:
+    """The labels of one photo, unscaled and unflipped.
+
+    segment_map: H×W int32 ids as in the panoptic PNG, 0 = void. semantic_map: H×W int16, VOID where there is no label.
+    annotations: COCO instance annotations (`id`, `category_id`, `bbox`, `area`, `iscrowd`, `segmentation`) for AP:
+    those of the instances json, or made from the panoptic PNG where there is none.
+    """
+
+    image_id: int
+    file_name: str
+    segment_map: NDArray[np.int32]
+    segments: list[Segment]
+    semantic_map: NDArray[np.int16]
+    annotations: list[dict[str, Any]] = field(default_factory=list)
+
+
+def segments_of(
+    segment_map: NDArray[np.int32], semantic_ids: dict[int, int], scores: dict[int, float] | None = None
+) -> list[Segment]:
+    """Segments with area and box of every id in the map, ascending; 0 is left out.
+
+    Args:
+        segment_map: H×W segment ids.
+        semantic_ids: semantic id of every segment id that occurs.
+        scores: score of those segments that have one.
+    """
+    height, width = segment_map.shape
+    ids, position = np.unique(segment_map, return_inverse=True)
+    position = position.reshape(height, width)
+    area = np.bincount(position.ravel(), minlength=len(ids))
+    # First and last occupied row and column of each id, from one pass over the map each.
+    rows = np.zeros((len(ids), height), dtype=bool)
+    columns = np.zeros((len(ids), width), dtype=bool)
+    rows[position, np.arange(height)[:, None]] = True
+    columns[position, np.arange(width)[None, :]] = True
+    segments = []
+    for i, segment_id in enumerate(ids.tolist()):
+        if segment_id == 0:
+            continue
+        ys, xs = np.flatnonzero(rows[i]), np.flatnonzero(columns[i])
+        box = (int(xs[0]), int(ys[0]), int(xs[-1] - xs[0] + 1), int(ys[-1] - ys[0] + 1))
+        score = scores.get(segment_id) if scores else None
+        segments.append(Segment(segment_id, semantic_ids[segment_id], int(area[i]), box, score))
+    return segments
