@@ -8,6 +8,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class TrainingOutput:
+    """What a network returns in training mode: scalar tensors by name.
+
+    losses: unweighted, each the mean over the batch's images, with gradient. metrics: for the log only, detached.
+    """
+
+    losses: dict[str, Tensor]
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
