@@ -67,9 +67,7 @@ class Categories:
 
     def to_coco(self) -> list[dict[str, Any]]:
         """The table as COCO records, in semantic order."""
-        return [
-            {"id": c.id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)} for c in self._ordered
-        ]
+        return [{"id": c.id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)} for c in self._ordered]
 
     @property
     def num_classes(self) -> int:

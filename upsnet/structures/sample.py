@@ -41,9 +41,7 @@ class Instances:
     def without_crowd(self) -> "Instances":
         """The instances that are single things, in the same order."""
         keep = torch.nonzero(~self.is_crowd).flatten()
-        return Instances(
-            self.boxes[keep], self.classes[keep], self.is_crowd[keep], self.masks.select(keep.tolist())
-        )
+        return Instances(self.boxes[keep], self.classes[keep], self.is_crowd[keep], self.masks.select(keep.tolist()))
 
 
 @dataclass(slots=True)
