@@ -121,10 +121,7 @@ def _write_image(
         ids[y : y + h, x : x + w] = segment_id
         photo[y : y + h, x : x + w] = color_of[category_id]
     photo = (photo + draws.integers(-12, 13, photo.shape)).clip(0, 255).astype(np.uint8)
-    if position % 6 == 5:
-        photo = photo.mean(axis=2).astype(np.uint8)
-    else:
-        photo = photo[..., ::-1]
+    photo = photo.mean(axis=2).astype(np.uint8) if position % 6 == 5 else photo[..., ::-1]
     image_id = image_id_of(position)
     photo_path = folder / "images" / image_set / f"{image_id:012d}.jpg"
     png_path = folder / "annotations" / f"panoptic_{image_set}" / f"{image_id:012d}.png"
