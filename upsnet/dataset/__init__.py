@@ -1,0 +1,1 @@
+"""Reading panoptic data sets, transforms, batches, and the synthetic `shapes` set."""
