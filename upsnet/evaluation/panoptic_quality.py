@@ -80,8 +80,6 @@ def match_segments(prediction: Prediction, truth: Truth, categories: Categories)
         DataError: the maps differ in size, or a map and its segments do not fit (an id without segment, a segment
             without pixels, an id given twice, an unknown class).
     """
-    if prediction.segment_map is None:
-        raise ValueError(f"image {prediction.image_id}: the prediction has no segment map")
     overlaps = _count_overlaps(prediction, truth)
     truth_segments = _by_id(truth.segments, overlaps.truth_area, categories, "truth", truth.image_id)
     predicted = _by_id(prediction.segments, overlaps.prediction_area, categories, "prediction", truth.image_id)
@@ -138,7 +136,7 @@ def _by_id(
         if segment.id not in area:
             raise DataError(f"{where}: no pixel of the map has this id: remove the record or mend the PNG")
         if not 0 <= segment.semantic_id < len(categories):
-            raise DataError(f"{where}: class {segment.semantic_id} is not in the class table ({len(categories)} classes)")
+            raise DataError(f"{where}: the class table has {len(categories)} classes, none is {segment.semantic_id}")
         by_id[segment.id] = segment
     for segment_id in area:
         if segment_id != MAP_VOID and segment_id not in by_id:

@@ -60,9 +60,10 @@ class SemanticIoU:
         union = truth + self._confusion[:, :-1].sum(axis=0) - correct
         iou = 100.0 * correct / np.maximum(union, 1)
         accuracy = 100.0 * correct / np.maximum(truth, 1)
+        columns = zip(self._categories, iou.tolist(), accuracy.tolist(), truth.tolist(), strict=True)
         per_class = [
-            {"category_id": c.id, "name": c.name, "iou": float(iou[i]), "acc": float(accuracy[i]), "pixels": int(truth[i])}
-            for i, c in enumerate(self._categories)
+            {"category_id": category.id, "name": category.name, "iou": of_iou, "acc": of_accuracy, "pixels": pixels}
+            for category, of_iou, of_accuracy, pixels in columns
         ]
         return {
             "miou": float(iou.mean()) if truth.any() else None,

@@ -1,0 +1,252 @@
+"""The result folder of a test: written photo by photo, read back for `--eval_only`.
+
+    panoptic/*.png   panoptic.json      COCO panoptic format, for the official tools
+    semantic/*.png                      semantic ids (0..S-1, stuff first): 8-bit, no label = 255; from 256 classes on
+                                        16-bit, no label = 65535
+    bbox_results.json  segm_results.json    COCO results (`InstanceAP` writes them)
+    index.json                          images, parts and class table; written last: it marks the folder complete
+    summary.json                        the scores
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from upsnet.evaluation.coco_files import panoptic_record, read_panoptic, read_png, records_by_image, write_png
+from upsnet.evaluation.instance_ap import result_file
+from upsnet.evaluation.json_files import JsonListReader, JsonListWriter, not_written, read_json, write_json
+from upsnet.structures.categories import Categories
+from upsnet.structures.errors import DataError, PlaceError
+from upsnet.structures.panoptic_png import id_to_rgb
+from upsnet.structures.results import Detections, Prediction
+from upsnet.structures.sample import VOID
+
+RETRY = "run the test without --eval_only"
+
+
+class ResultWriter:
+    """Writes the panoptic and semantic results of a test. Use it as a context: an error leaves no index behind."""
+
+    def __init__(self, folder: Path, categories: Categories) -> None:
+        """
+        Raises:
+            PlaceError: the folder cannot be written.
+        """
+        self._folder = folder
+        self._categories = categories
+        self._images: list[dict[str, Any]] = []
+        self._names: set[str] = set()
+        self._parts: list[str] | None = None
+        try:
+            # What lies here from an earlier test is no longer complete from now on.
+            (folder / "index.json").unlink(missing_ok=True)
+        except OSError as error:
+            raise not_written(folder / "index.json", error) from error
+        self._panoptic = JsonListWriter(folder / "panoptic.json", head='{"annotations": [')
+
+    def add(self, prediction: Prediction) -> None:
+        """Writes the PNGs of one photo and its record.
+
+        Raises:
+            PlaceError: the folder cannot be written or the disk is full.
+        """
+        parts = _parts_of(prediction)
+        if self._parts is None:
+            self._parts = parts
+        elif parts != self._parts:
+            raise ValueError(f"image {prediction.image_id} has the parts {parts}, the images before it {self._parts}")
+        png_name = self._png_name(prediction)
+        height = width = 0
+        if prediction.segment_map is not None:
+            height, width = prediction.segment_map.shape
+            write_png(self._folder / "panoptic" / png_name, id_to_rgb(prediction.segment_map))
+            self._panoptic.write(panoptic_record(prediction, png_name, self._categories))
+        if prediction.semantic_map is not None:
+            height, width = prediction.semantic_map.shape
+            pixels = _semantic_pixels(prediction.semantic_map, len(self._categories))
+            write_png(self._folder / "semantic" / png_name, pixels)
+        self._images.append(
+            {
+                "id": prediction.image_id,
+                "file_name": prediction.file_name,
+                "height": height,
+                "width": width,
+                "png": png_name,
+            }
+        )
+
+    def close(self) -> None:
+        """Writes panoptic.json and index.json. To be called after `InstanceAP.close`.
+
+        Raises:
+            PlaceError: the folder cannot be written or the disk is full.
+        """
+        parts = self._parts or []
+        categories = self._categories.to_coco()
+        if "panoptic" in parts:
+            tail = {"images": self._images, "categories": categories}
+            self._panoptic.close("], " + json.dumps(tail)[1:])
+        else:
+            self._panoptic.discard()
+        write_json(
+            self._folder / "index.json", {"parts": parts, "images": self._images, "categories": categories}
+        )
+
+    def __enter__(self) -> "ResultWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._panoptic.discard()
+
+    def _png_name(self, prediction: Prediction) -> str:
+        """The photo's name with .png; with the image id where two photos differ only in folder or ending."""
+        stem = PurePosixPath(prediction.file_name).stem
+        name = f"{stem}.png"
+        if name.lower() in self._names:
+            name = f"{stem}_{prediction.image_id}.png"
+        self._names.add(name.lower())
+        return name
+
+
+def read_results(folder: Path, categories: Categories) -> Iterator[Prediction]:
+    """The stored predictions, in the order in which they were written.
+
+    Raises:
+        PlaceError: the folder or a file is missing or cannot be read.
+        DataError: a file is damaged, or the results were made with another class table.
+    """
+    index = _read_index(folder, categories)
+    records = _read_panoptic_records(folder) if "panoptic" in index["parts"] else {}
+    detections = _DetectionReader(folder, categories) if "instances" in index["parts"] else None
+    for image in index["images"]:
+        prediction = Prediction(image["id"], image["file_name"])
+        if "panoptic" in index["parts"]:
+            if image["id"] not in records:
+                raise DataError(f"{folder / 'panoptic.json'}: has no annotation of image {image['id']}: {RETRY}")
+            prediction.segment_map, prediction.segments = read_panoptic(
+                records[image["id"]], folder / "panoptic.json", categories
+            )
+        if "semantic" in index["parts"]:
+            prediction.semantic_map = _read_semantic(folder / "semantic" / image["png"], image["id"], len(categories))
+        if detections is not None:
+            prediction.instances = detections.of_image(image["id"])
+        yield prediction
+    if detections is not None:
+        detections.check_end()
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> Path:
+    """Writes `summary.json` (`panoptic`, `box`, `mask`, `semantic`, as far as they were scored); returns its path.
+
+    Raises:
+        PlaceError: the folder cannot be written or the disk is full.
+    """
+    path = folder / "summary.json"
+    write_json(path, summary)
+    return path
+
+
+class _DetectionReader:
+    """Reads boxes and masks side by side; both files hold the detections in the same order."""
+
+    def __init__(self, folder: Path, categories: Categories) -> None:
+        self._categories = categories
+        self._path = result_file(folder, "segm")
+        self._boxes = JsonListReader(result_file(folder, "bbox"))
+        self._masks = JsonListReader(self._path)
+
+    def of_image(self, image_id: int) -> Detections:
+        boxes, masks = self._boxes.of_image(image_id), self._masks.of_image(image_id)
+        damaged = DataError(f"{self._path}: image {image_id}: does not fit bbox_results.json: {RETRY}")
+        if len(boxes) != len(masks):
+            raise damaged
+        try:
+            corners = [
+                (x, y, x + width - 1, y + height - 1) for x, y, width, height in (record["bbox"] for record in boxes)
+            ]
+            classes = [self._categories.thing_class(record["category_id"]) for record in boxes]
+            scores = [record["score"] for record in boxes]
+            found = [record["segmentation"] for record in masks]
+        except (KeyError, TypeError, ValueError):
+            raise damaged from None
+        return Detections(
+            np.asarray(corners, dtype=np.float32).reshape(-1, 4),
+            np.asarray(classes, dtype=np.int64),
+            np.asarray(scores, dtype=np.float32),
+            found,
+        )
+
+    def check_end(self) -> None:
+        self._boxes.check_end()
+        self._masks.check_end()
+
+
+def _read_index(folder: Path, categories: Categories) -> dict[str, Any]:
+    path = folder / "index.json"
+    if not path.is_file():
+        raise PlaceError(f"{folder}: holds no complete results (no index.json): {RETRY}")
+    index = read_json(path)
+    if not isinstance(index, dict) or not {"parts", "images", "categories"} <= index.keys():
+        raise DataError(f"{path}: is damaged: {RETRY}")
+    stored = [(c["id"], c["name"], c["isthing"]) for c in index["categories"]]
+    for position, (found, wanted) in enumerate(zip(stored, categories, strict=False)):
+        if found != (wanted.id, wanted.name, int(wanted.is_thing)):
+            raise DataError(
+                f"{path}: class {position} is '{found[1]}' (id {found[0]}), in the data set '{wanted.name}' "
+                f"(id {wanted.id}): use the data set that the results were made with"
+            )
+    if len(stored) != len(categories):
+        raise DataError(
+            f"{path}: the results have {len(stored)} classes, the data set {len(categories)}: use the data set that "
+            f"the results were made with"
+        )
+    return index
+
+
+def _read_panoptic_records(folder: Path) -> dict[int, dict[str, Any]]:
+    path = folder / "panoptic.json"
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: is damaged: {RETRY}")
+    return records_by_image(content, path)
+
+
+def _parts_of(prediction: Prediction) -> list[str]:
+    parts = {
+        "panoptic": prediction.segment_map,
+        "semantic": prediction.semantic_map,
+        "instances": prediction.instances,
+    }
+    return [name for name, part in parts.items() if part is not None]
+
+
+def _void_pixel(num_classes: int) -> int:
+    return 255 if num_classes <= 255 else 65535
+
+
+def _semantic_pixels(semantic_map: NDArray[np.int16], num_classes: int) -> NDArray[Any]:
+    void = _void_pixel(num_classes)
+    pixels = np.where(semantic_map == VOID, void, semantic_map)
+    return pixels.astype(np.uint8 if void == 255 else np.uint16)
+
+
+def _read_semantic(path: Path, image_id: int, num_classes: int) -> NDArray[np.int16]:
+    pixels, void = read_png(path, image_id), _void_pixel(num_classes)
+    if pixels.ndim != 2:
+        raise DataError(f"{path} (image {image_id}): is not a grey-scale PNG of semantic ids: {RETRY}")
+    strange = pixels[(pixels >= num_classes) & (pixels != void)]
+    if strange.size:
+        raise DataError(
+            f"{path} (image {image_id}): holds class {strange[0]}, the class table has {num_classes} classes: {RETRY}"
+        )
+    return np.where(pixels == void, VOID, pixels.astype(np.int32)).astype(np.int16)
