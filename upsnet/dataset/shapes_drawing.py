@@ -88,18 +88,19 @@ def _signed_area(contour: NDArray[np.float64]) -> float:
 # --- colours -------------------------------------------------------------------------------------------------------
 
 
-def random_lab(rng: np.random.Generator) -> Float:
-    """A colour in CIE L*a*b*: every hue, middle lightness and chroma. Things and stuff both draw from here."""
-    hue, chroma = rng.uniform(0, 2 * np.pi), rng.uniform(12, 58)
-    return np.array([rng.uniform(38, 82), chroma * np.cos(hue), chroma * np.sin(hue)], dtype=np.float32)
+def random_lab(rng: np.random.Generator, count: int) -> Float:
+    """count×3 colours in CIE L*a*b*: every hue, middle lightness and chroma. Things and stuff both draw from here."""
+    hue, chroma, lightness = rng.uniform((0, 12, 38), (2 * np.pi, 58, 82), (count, 3)).T
+    return np.stack([lightness, chroma * np.cos(hue), chroma * np.sin(hue)], axis=1).astype(np.float32)
 
 
 def contrasting_lab(rng: np.random.Generator, others: list[Float], distance: float = 38.0) -> Float:
     """A random colour that stands out from the others by this distance, or of twenty the one that comes closest."""
-    drawn = [random_lab(rng) for _ in range(20)]
-    gaps = [min((float(np.linalg.norm(lab - other)) for other in others), default=distance) for lab in drawn]
-    enough = [lab for lab, gap in zip(drawn, gaps, strict=True) if gap >= distance]
-    return enough[0] if enough else drawn[int(np.argmax(gaps))]
+    drawn = random_lab(rng, 20)
+    if not others:
+        return drawn[0]
+    gap = np.linalg.norm(drawn[:, None] - np.stack(others), axis=2).min(axis=1)
+    return drawn[np.argmax(gap >= distance)] if gap.max() >= distance else drawn[np.argmax(gap)]
 
 
 def second_tone(rng: np.random.Generator, lab: Float) -> Float:
@@ -138,7 +139,7 @@ def light(rng: np.random.Generator, size: tuple[int, int]) -> Float:
     """How brightly each pixel is lit: a slope across the image and soft patches, about 0.7..1.2."""
     y, x = np.mgrid[-1 : 1 : size[0] * 1j, -1 : 1 : size[1] * 1j].astype(np.float32)
     angle = rng.uniform(0, 2 * np.pi)
-    slope = rng.uniform(0.05, 0.16) * (np.cos(angle) * x + np.sin(angle) * y)
+    slope = rng.uniform(0.06, 0.22) * (np.cos(angle) * x + np.sin(angle) * y)
     return (0.97 + slope + 0.08 * smooth_noise(rng, size, max(size) / 3)).astype(np.float32)
 
 

@@ -79,7 +79,7 @@ def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
     outside = np.ones(size, dtype=bool)
     outside[top : size[0] - bottom, left : size[1] - right] = False
     sheet.labels[outside] = -1
-    sheet.canvas[outside] = lab_to_rgb(random_lab(rng)) * 0.35
+    sheet.canvas[outside] = lab_to_rgb(random_lab(rng, 1)[0]) * 0.35
     image = sheet.canvas * light(rng, size)[..., None]
     image += rng.normal(0, rng.uniform(0.008, 0.025), image.shape).astype(np.float32)
     return Scene((image.clip(0, 1) * 255 + 0.5).astype(np.uint8), sheet.labels, sheet.pieces)
@@ -101,9 +101,7 @@ def _draw_stuff(rng: np.random.Generator, size: tuple[int, int]) -> _Sheet:
     y, x = np.mgrid[:height, :width]
     sheet = _Sheet(np.zeros((*size, 3), np.float32), np.full(size, -1, np.int16), [], [])
     horizon = wavy_line(rng, width, height * rng.uniform(0.22, 0.4), height * 0.1)
-    shore = np.maximum(
-        wavy_line(rng, width, height * rng.uniform(0.54, 0.66), height * 0.08), horizon + 0.12 * height
-    )
+    shore = np.maximum(wavy_line(rng, width, height * rng.uniform(0.54, 0.66), height * 0.08), horizon + 0.12 * height)
     middle = rng.choice(["hills", "water", "none"], p=[0.4, 0.35, 0.25])
     ground = list(rng.permutation(["field", "tiles", "meadow"]))
     if middle != "water" and rng.random() < 0.25:
