@@ -1,0 +1,1 @@
+"""Reading weight files safely, and other people's names for our layers."""

@@ -1,0 +1,130 @@
+"""Snapshots: two files a step, whole or not there, from which training goes on bit for bit.
+
+`<prefix>N.pth`: weights, class table, recipe, format version: what testing and others want.
+`<prefix>N.state.pth`: what only a resume wants, as tensors and plain values. It is renamed last: where it stands, the
+pair is complete.
+"""
+
+import io
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from upsnet.checkpoints.files import FORMAT_VERSION, load_into, load_safely, read_weights
+from upsnet.engine.places import sync_folder, write_temporary, writing
+from upsnet.structures.categories import Categories
+from upsnet.structures.errors import WeightsError
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeState:
+    """Where training goes on: steps done, the seed of the run, state of the fp16 loss scaler (empty otherwise)."""
+
+    iteration: int
+    seed: int
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshots:
+    """The snapshots of one run.
+
+    folder, prefix: `folder/<prefix>N.pth`. categories, recipe: the class table and the recipe's yaml, stored alongside.
+    """
+
+    folder: Path
+    prefix: str
+    categories: Categories
+    recipe: str
+
+    def path(self, iteration: int) -> Path:
+        """The weight file after this many steps."""
+        return self.folder / f"{self.prefix}{iteration}.pth"
+
+    def save(self, network: nn.Module, optimizer: torch.optim.Optimizer, state: ResumeState) -> Path:
+        """Writes the pair of files and returns the path of the weights.
+
+        Raises:
+            PlaceError: the folder cannot be written or the disk is full; an earlier pair is still there, half a pair
+                is not.
+        """
+        weights_path = self.path(state.iteration)
+        weights = {
+            "weights": {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()},
+            "categories": self.categories.to_coco(),
+            "recipe": self.recipe,
+            "format_version": FORMAT_VERSION,
+        }
+        rest = {
+            "optimizer": optimizer.state_dict(),
+            "optimizer_class": type(optimizer).__name__,
+            "iteration": state.iteration,
+            "seed": state.seed,
+            "scaler": state.scaler,
+            "format_version": FORMAT_VERSION,
+        }
+        with writing(weights_path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _replace_pair(weights_path, _serialised(weights), _serialised(rest))
+        return weights_path
+
+
+def state_path(weights_path: Path) -> Path:
+    """`x.state.pth` of `x.pth`."""
+    return weights_path.with_name(weights_path.name.removesuffix(".pth") + ".state.pth")
+
+
+def resume(weights_path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> ResumeState:
+    """Puts network and optimiser back to where a snapshot was taken, and says where that was.
+
+    Raises:
+        WeightsError: one of the two files is missing or damaged, or does not fit network or optimiser.
+    """
+    path = state_path(weights_path)
+    weights = read_weights(weights_path)
+    if not path.is_file():
+        raise WeightsError(
+            f"{path} is missing, so {weights_path.name} is no complete snapshot: resume from another one"
+        )
+    rest = load_safely(path)
+    if not isinstance(rest, dict) or not {"optimizer", "optimizer_class", "iteration", "seed", "scaler"} <= rest.keys():
+        raise WeightsError(f"{path} is not the training state of a snapshot: resume from another one")
+    if rest["optimizer_class"] != type(optimizer).__name__:
+        raise WeightsError(
+            f"{path} was written by {rest['optimizer_class']}, the recipe asks for {type(optimizer).__name__}: "
+            f"resume with the same train.optimizer"
+        )
+    load_into(network, weights.state, str(weights_path))
+    try:
+        optimizer.load_state_dict(rest["optimizer"])
+    except ValueError as error:
+        raise WeightsError(
+            f"{path} does not fit the trainable parameters of this network ({error}): resume with the same recipe"
+        ) from error
+    return ResumeState(rest["iteration"], rest["seed"], rest["scaler"])
+
+
+def _serialised(content: dict[str, Any]) -> memoryview:
+    # In memory first: a full disk then shows as an OSError of Python's own write, and equal content gives equal bytes.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getbuffer()
+
+
+def _replace_pair(weights_path: Path, weights: memoryview, rest: memoryview) -> None:
+    temporaries = [write_temporary(weights_path, weights)]
+    try:
+        temporaries.append(write_temporary(state_path(weights_path), rest))
+        # An old state must not seem to belong to the new weights, should we be stopped between the two renames.
+        state_path(weights_path).unlink(missing_ok=True)
+        os.replace(temporaries[0], weights_path)
+        os.replace(temporaries[1], state_path(weights_path))
+    except OSError:
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(weights_path.parent)
