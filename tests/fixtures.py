@@ -1,0 +1,41 @@
+"""Numbers produced by the original UPSNet (`reference/oracle_fixtures`), as dictionaries of arrays."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+CONFIGURATIONS = ("resnet50_coco_16gpu", "resnet50_cityscapes_16gpu")
+
+
+def load_units(shared: Callable[[str], Path], configuration: str) -> dict[str, NDArray[Any]]:
+    """The single pieces of one configuration; the test skips where the file is not there."""
+    path = shared(f"reference/oracle_fixtures/units_{configuration}.npz")
+    with np.load(path, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
+
+
+def piece(units: dict[str, NDArray[Any]], name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inputs and outputs of one piece; numbers as tensors, text as str."""
+    sides: list[dict[str, Any]] = [{}, {}]
+    for key, value in units.items():
+        owner, _, rest = key.partition("::")
+        if owner == name:
+            side, _, field = rest.partition("::")
+            sides[side == "out"][field] = str(value) if value.dtype.kind in "US" else torch.from_numpy(np.array(value))
+    assert sides[0] or sides[1], f"no piece '{name}' in the file"
+    return sides[0], sides[1]
+
+
+class NumpyDraws:
+    """Draws of the original: numpy's legacy generator, `choice` without replacement."""
+
+    def __init__(self, seed: int) -> None:
+        self.state = np.random.RandomState(seed)
+
+    def choose(self, candidates: Tensor, size: int) -> Tensor:
+        return torch.from_numpy(self.state.choice(candidates.cpu().numpy(), size=size, replace=False))

@@ -1,0 +1,130 @@
+"""Box head: classes and boxes of RoIs (Fast R-CNN, with the two fully connected layers of FPN)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from upsnet.models.boxes import clip, decode, suppress, suppress_by_class
+from upsnet.models.layers import NormKind, make_norm, smooth_l1, zero_bias
+from upsnet.models.matching import SampledRoIs
+from upsnet.operators import pyramid_roi_align
+
+POOLED_SIZE = 7
+SIGMA = 1.0
+
+
+class BoxHead(nn.Module):
+    """RoIs → class logits R×C (0 is background) and offsets R×C×4, one box for each class.
+
+    Args:
+        num_classes: C, thing classes and background.
+        width: units of the two hidden layers.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, width: int = 1024, norm: NormKind = "none") -> None:
+        super().__init__()
+        self.fc6 = nn.Linear(in_channels * POOLED_SIZE**2, width)
+        self.norm6 = make_norm(norm, width)
+        self.fc7 = nn.Linear(width, width)
+        self.norm7 = make_norm(norm, width)
+        self.class_logits = nn.Linear(width, num_classes)
+        self.deltas = nn.Linear(width, 4 * num_classes)
+        for layer in (self.fc6, self.fc7):
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+        nn.init.normal_(self.class_logits.weight, std=0.01)
+        nn.init.normal_(self.deltas.weight, std=0.001)
+        zero_bias(self.fc6, self.fc7, self.class_logits, self.deltas)
+
+    def forward(self, levels: Sequence[Tensor], rois: Tensor) -> tuple[Tensor, Tensor]:
+        """levels: P2..P5. rois: R×5 (image, box at network scale)."""
+        pooled = pyramid_roi_align(levels, rois, POOLED_SIZE).flatten(1)
+        hidden = F.relu(_on_vectors(self.norm6, self.fc6(pooled)))
+        hidden = F.relu(_on_vectors(self.norm7, self.fc7(hidden)))
+        deltas = self.deltas(hidden).float()
+        return self.class_logits(hidden).float(), deltas.view(len(deltas), -1, 4)
+
+
+def _on_vectors(norm: nn.Module, x: Tensor) -> Tensor:
+    """Applies a norm made for maps to R×C vectors."""
+    return norm(x[:, :, None, None])[:, :, 0, 0]
+
+
+def box_losses(logits: Tensor, deltas: Tensor, sampled: Sequence[SampledRoIs]) -> tuple[Tensor, Tensor, Tensor]:
+    """Classification loss, box loss and accuracy, means over the images.
+
+    Classification: softmax cross-entropy, mean over an image's RoIs. Box: smooth L1 of the class' own offsets, summed
+    over foreground and divided by the number of RoIs (Fast R-CNN, eq. 1-3).
+
+    Args:
+        logits: R×C, deltas: R×C×4, the RoIs of all images one after another.
+    """
+    class_losses, box_losses, accuracies = [], [], []
+    counts = [len(rois.labels) for rois in sampled]
+    for image_logits, image_deltas, rois in zip(logits.split(counts), deltas.split(counts), sampled, strict=True):
+        count = max(len(rois.labels), 1)
+        class_losses.append(F.cross_entropy(image_logits, rois.labels, reduction="sum") / count)
+        foreground = rois.num_foreground
+        own = image_deltas[torch.arange(foreground, device=deltas.device), rois.labels[:foreground]]
+        box_losses.append(smooth_l1(own - rois.box_targets, SIGMA).sum() / count)
+        accuracies.append((image_logits.detach().argmax(dim=1) == rois.labels).float().sum() / count)
+    return torch.stack(class_losses).mean(), torch.stack(box_losses).mean(), torch.stack(accuracies).mean()
+
+
+@dataclass(frozen=True)
+class DetectionOptions:
+    """Selection of detections: score above a threshold, suppression, and the `max_detections` best."""
+
+    score_threshold: float = 0.05
+    nms_threshold: float = 0.5
+    max_detections: int = 100
+    box_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Detected boxes of one image. boxes: N×4 at network scale. scores: N, 0..1. classes: N, 1..C-1."""
+
+    boxes: Tensor
+    scores: Tensor
+    classes: Tensor
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def select(self, indices: Tensor) -> "Candidates":
+        return Candidates(self.boxes[indices], self.scores[indices], self.classes[indices])
+
+
+def detect(
+    rois: Tensor,
+    probabilities: Tensor,
+    deltas: Tensor,
+    size: tuple[int, int],
+    options: DetectionOptions,
+    class_agnostic: bool,
+) -> Candidates:
+    """Detections of one image.
+
+    Args:
+        rois: R×4 at network scale. probabilities: R×C softmax. deltas: R×C×4. size: height, width without padding.
+        class_agnostic: suppress across classes and order by descending score, as the panoptic head wants them;
+            otherwise within each class, in order of class, then score.
+
+    Returns:
+        At most `max_detections`, or more where scores tie with the last one.
+    """
+    roi, label = torch.nonzero(probabilities[:, 1:] > options.score_threshold, as_tuple=True)
+    label = label + 1
+    boxes = clip(decode(rois[roi], deltas[roi, label], options.box_weights), size)
+    found = Candidates(boxes, probabilities[roi, label], label)
+    if class_agnostic:
+        found = found.select(suppress(found.boxes, found.scores, options.nms_threshold))
+    else:
+        found = found.select(suppress_by_class(found.boxes, found.scores, found.classes, options.nms_threshold))
+    if len(found) > options.max_detections:
+        least = found.scores.topk(options.max_detections).values[-1]
+        found = found.select(torch.nonzero(found.scores >= least).flatten())
+    return found

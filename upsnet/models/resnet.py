@@ -1,0 +1,224 @@
+"""ResNet (He et al., table 1), with the options that UPSNet's backbone has: frozen stages, deformable stages, the
+stride in the first 1×1 convolution of a block (as in the caffe release) or in its 3×3 (as in torchvision)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from upsnet.models.layers import DeformConv2d, NormKind, make_norm
+
+
+@dataclass(frozen=True)
+class ResNetDepth:
+    """Blocks in res2..res5 and whether they are bottlenecks."""
+
+    blocks: tuple[int, int, int, int]
+    bottleneck: bool
+
+
+DEPTHS = {
+    18: ResNetDepth((2, 2, 2, 2), bottleneck=False),
+    34: ResNetDepth((3, 4, 6, 3), bottleneck=False),
+    50: ResNetDepth((3, 4, 6, 3), bottleneck=True),
+    101: ResNetDepth((3, 4, 23, 3), bottleneck=True),
+}
+
+
+class Stem(nn.Module):
+    """7×7 convolution and max pooling: stride 4."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm: NormKind) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 7, stride=2, padding=3, bias=False)
+        self.norm = make_norm(norm, out_channels)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return F.max_pool2d(F.relu(self.norm(self.conv(image))), 3, stride=2, padding=1)
+
+
+class Downsample(nn.Module):
+    """The 1×1 projection of a shortcut whose shape changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: NormKind) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+        self.norm = make_norm(norm, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+def _conv3x3(channels_in: int, channels_out: int, stride: int, dilation: int, deformable: bool) -> nn.Module:
+    if deformable:
+        return DeformConv2d(channels_in, channels_out, 3, stride, dilation, bias=False)
+    return nn.Conv2d(channels_in, channels_out, 3, stride, padding=dilation, dilation=dilation, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions; the second can be deformable."""
+
+    expansion: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        in_channels: int,
+        planes: int,
+        stride: int,
+        dilation: int,
+        norm: NormKind,
+        deformable: bool,
+        stride_in_1x1: bool,
+    ) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(in_channels, planes, stride, dilation, deformable=False)
+        self.norm1 = make_norm(norm, planes)
+        self.conv2 = _conv3x3(planes, planes, 1, dilation, deformable)
+        self.norm2 = make_norm(norm, planes)
+        self.downsample = (
+            Downsample(in_channels, planes, stride, norm) if stride != 1 or in_channels != planes else nn.Identity()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        return F.relu(y + self.downsample(x))
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3, 1×1 convolutions; the 3×3 can be deformable."""
+
+    expansion: ClassVar[int] = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        planes: int,
+        stride: int,
+        dilation: int,
+        norm: NormKind,
+        deformable: bool,
+        stride_in_1x1: bool,
+    ) -> None:
+        super().__init__()
+        out_channels = planes * self.expansion
+        first, second = (stride, 1) if stride_in_1x1 else (1, stride)
+        self.conv1 = nn.Conv2d(in_channels, planes, 1, stride=first, bias=False)
+        self.norm1 = make_norm(norm, planes)
+        self.conv2 = _conv3x3(planes, planes, second, dilation, deformable)
+        self.norm2 = make_norm(norm, planes)
+        self.conv3 = nn.Conv2d(planes, out_channels, 1, bias=False)
+        self.norm3 = make_norm(norm, out_channels)
+        self.downsample = (
+            Downsample(in_channels, out_channels, stride, norm)
+            if stride != 1 or in_channels != out_channels
+            else nn.Identity()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        y = F.relu(self.norm2(self.conv2(y)))
+        y = self.norm3(self.conv3(y))
+        return F.relu(y + self.downsample(x))
+
+
+class ResNet(nn.Module):
+    """The body of a ResNet: image → (C2, C3, C4, C5) at strides 4, 8, 16, 32.
+
+    Args:
+        depth: 18, 34, 50 or 101.
+        norm: "frozen_batch_norm" for pretrained weights, "batch_norm" or "group_norm" to train from scratch.
+        stride_in_1x1: bottlenecks halve the map in their first 1×1 convolution; False: in the 3×3.
+        freeze_at: 0 trains everything, 1 freezes the stem, n ≥ 2 the stem and res2..resn.
+        deformable_from: blocks of every stage with this number or a greater one are deformable; more than 5: none.
+        deformable_last: the last blocks of res3 and res4 are deformable.
+        dilate_last: res5 keeps stride 16 with dilation 2.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        norm: NormKind = "frozen_batch_norm",
+        stride_in_1x1: bool = True,
+        freeze_at: int = 2,
+        deformable_from: int = 100,
+        deformable_last: bool = False,
+        dilate_last: bool = False,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        shape = DEPTHS[depth]
+        self.freeze_at = freeze_at
+        self.stem = Stem(in_channels, 64, norm)
+        channels = 64
+        self.out_channels: list[int] = []
+        for i, blocks in enumerate(shape.blocks):
+            number = i + 2
+            dilated = dilate_last and number == 5
+            stage = _make_stage(
+                channels,
+                64 * 2**i,
+                stride=1 if number == 2 or dilated else 2,
+                dilation=2 if dilated else 1,
+                norm=norm,
+                bottleneck=shape.bottleneck,
+                deformable=[
+                    number >= deformable_from or (deformable_last and number in (3, 4) and block == blocks - 1)
+                    for block in range(blocks)
+                ],
+                stride_in_1x1=stride_in_1x1,
+            )
+            channels = 64 * 2**i * (Bottleneck.expansion if shape.bottleneck else 1)
+            self.out_channels.append(channels)
+            self.add_module(f"res{number}", stage)
+        self._initialise()
+        for part in self._frozen_parts():
+            part.requires_grad_(False)
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and module.bias is None:
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def _frozen_parts(self) -> list[nn.Module]:
+        stages = [self.get_submodule(f"res{number}") for number in range(2, min(self.freeze_at, 5) + 1)]
+        return [self.stem, *stages] if self.freeze_at >= 1 else []
+
+    def train(self, mode: bool = True) -> "ResNet":
+        """Training mode, except for frozen parts: their statistics must not move."""
+        super().train(mode)
+        for part in self._frozen_parts():
+            part.eval()
+        return self
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        x = self.stem(image)
+        if self.freeze_at >= 1:
+            x = x.detach()
+        features = []
+        for number in range(2, 6):
+            x = self.get_submodule(f"res{number}")(x)
+            if number <= self.freeze_at:
+                x = x.detach()
+            features.append(x)
+        return features
+
+
+def _make_stage(
+    in_channels: int,
+    planes: int,
+    stride: int,
+    dilation: int,
+    norm: NormKind,
+    bottleneck: bool,
+    deformable: Sequence[bool],
+    stride_in_1x1: bool,
+) -> nn.Sequential:
+    block = Bottleneck if bottleneck else BasicBlock
+    layers: list[nn.Module] = []
+    for i, deform in enumerate(deformable):
+        layers.append(block(in_channels, planes, stride if i == 0 else 1, dilation, norm, deform, stride_in_1x1))
+        in_channels = planes * block.expansion
+    return nn.Sequential(*layers)

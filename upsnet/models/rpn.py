@@ -1,0 +1,147 @@
+"""Region proposal network (Faster R-CNN, section 3.1) over the levels of a feature pyramid."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from upsnet.models.anchors import base_anchors, grid_anchors
+from upsnet.models.boxes import clip, decode, suppress, widths_heights
+from upsnet.models.layers import smooth_l1, zero_bias
+from upsnet.models.matching import IGNORED, AnchorSampling, match_anchors
+from upsnet.structures.draws import Draws
+
+SIGMA = 3.0
+"""Corner of the smooth L1 loss of the anchors."""
+
+
+@dataclass(frozen=True)
+class ProposalOptions:
+    """How raw anchors become proposals.
+
+    pre_nms, post_nms: how many boxes enter and leave the suppression, each for one level and at the end for all.
+    min_size: proposals with a smaller side, in pixels of the original photo, are dropped.
+    per_level: suppress each level on its own; False: all levels together.
+    """
+
+    nms_threshold: float = 0.7
+    pre_nms: int = 1000
+    post_nms: int = 1000
+    min_size: float = 0.0
+    per_level: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RPNOutput:
+    """logits: for each level B×A×h×w. deltas: for each level B×4A×h×w, channel 4·anchor + coordinate. anchors: for
+    each level (h·w·A)×4."""
+
+    logits: list[Tensor]
+    deltas: list[Tensor]
+    anchors: list[Tensor]
+
+    def of_image(self, image: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Per level: N logits and N×4 deltas of one image, in the order of the anchors."""
+        logits = [level[image].permute(1, 2, 0).reshape(-1) for level in self.logits]
+        deltas = [level[image].permute(1, 2, 0).reshape(-1, 4) for level in self.deltas]
+        return logits, deltas
+
+
+class RPN(nn.Module):
+    """The head, shared by all levels."""
+
+    def __init__(
+        self,
+        channels: int,
+        strides: Sequence[int] = (4, 8, 16, 32, 64),
+        ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        scales: Sequence[float] = (8.0,),
+    ) -> None:
+        super().__init__()
+        self.strides = tuple(strides)
+        for stride in self.strides:
+            # Derived from the arguments, so not part of the weights.
+            self.register_buffer(f"base_anchors_{stride}", base_anchors(stride, ratios, scales), persistent=False)
+        num_anchors = len(ratios) * len(scales)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.objectness = nn.Conv2d(channels, num_anchors, 1)
+        self.deltas = nn.Conv2d(channels, 4 * num_anchors, 1)
+        for layer in (self.conv, self.objectness, self.deltas):
+            nn.init.normal_(layer.weight, std=0.01)
+            zero_bias(layer)
+
+    def forward(self, levels: Sequence[Tensor]) -> RPNOutput:
+        hidden = [F.relu(self.conv(level)) for level in levels]
+        anchors = [
+            grid_anchors(self.get_buffer(f"base_anchors_{stride}"), level.shape[-2], level.shape[-1], stride)
+            for stride, level in zip(self.strides, levels, strict=True)
+        ]
+        # Scores and boxes leave autocast here: proposals and losses are formed in float32.
+        logits = [self.objectness(h).float() for h in hidden]
+        deltas = [self.deltas(h).float() for h in hidden]
+        return RPNOutput(logits, deltas, anchors)
+
+
+@torch.no_grad()
+def propose(
+    output: RPNOutput,
+    image: int,
+    size: tuple[int, int],
+    scale: float,
+    options: ProposalOptions,
+) -> tuple[Tensor, Tensor]:
+    """Proposals of one image: N×4 boxes at network scale and N scores 0..1, by descending score, N ≤ post_nms.
+
+    Args:
+        size: height and width without padding; boxes are cut to it.
+        scale: network pixels per photo pixel, for `min_size`.
+    """
+    logits, deltas = output.of_image(image)
+    anchors = output.anchors
+    if not options.per_level:
+        logits, deltas, anchors = [torch.cat(logits)], [torch.cat(deltas)], [torch.cat(anchors)]
+    boxes, scores = [], []
+    for level_logits, level_deltas, level_anchors in zip(logits, deltas, anchors, strict=True):
+        level_scores, best = level_logits.sigmoid().topk(min(options.pre_nms, len(level_logits)))
+        level_boxes = clip(decode(level_anchors[best], level_deltas[best]), size)
+        if options.min_size > 0:
+            width, height = widths_heights(level_boxes)
+            large = torch.minimum(width, height) >= options.min_size * scale
+            level_boxes, level_scores = level_boxes[large], level_scores[large]
+        kept = suppress(level_boxes, level_scores, options.nms_threshold)[: options.post_nms]
+        boxes.append(level_boxes[kept])
+        scores.append(level_scores[kept])
+    all_boxes, all_scores = torch.cat(boxes), torch.cat(scores)
+    order = all_scores.argsort(descending=True, stable=True)[: options.post_nms]
+    return all_boxes[order], all_scores[order]
+
+
+def rpn_losses(
+    output: RPNOutput,
+    truth: Sequence[Tensor],
+    sizes: Sequence[tuple[int, int]],
+    options: AnchorSampling,
+    draws: Sequence[Draws],
+) -> tuple[Tensor, Tensor]:
+    """Classification and box loss, means over the images.
+
+    Classification: sigmoid cross-entropy summed over the sampled anchors and divided by the constant
+    `options.batch_size`. Box: smooth L1 summed over positives and divided by the number of sampled anchors.
+
+    Args:
+        truth: for each image G×4 boxes that are not crowds, at network scale.
+        sizes: for each image height and width without padding.
+    """
+    anchors = torch.cat(output.anchors)
+    class_losses, box_losses = [], []
+    for image, (boxes, size, image_draws) in enumerate(zip(truth, sizes, draws, strict=True)):
+        labels, targets = match_anchors(anchors, boxes, size, options, image_draws)
+        logits, deltas = (torch.cat(parts) for parts in output.of_image(image))
+        sampled, positive = labels != IGNORED, labels == 1
+        class_loss = F.binary_cross_entropy_with_logits(logits[sampled], labels[sampled].float(), reduction="sum")
+        class_losses.append(class_loss / options.batch_size)
+        box_loss = smooth_l1(deltas[positive] - targets[positive], SIGMA).sum()
+        box_losses.append(box_loss / sampled.sum().clamp(min=1))
+    return torch.stack(class_losses).mean(), torch.stack(box_losses).mean()

@@ -1,0 +1,100 @@
+"""Semantic head of UPSNet (section 3.2): deformable convolutions shared by P2..P5, then one linear classifier."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import roi_align
+
+from upsnet.models.layers import ConvBlock, NormKind, zero_bias
+from upsnet.structures.sample import VOID
+
+ROI_SIZE = 28
+
+
+class SemanticHead(nn.Module):
+    """P2..P5 → class scores B×S×h×w at stride 4.
+
+    The classifier is a 1×1 convolution over the four levels, enlarged to P2 and concatenated. It commutes with
+    bilinear enlargement, so each level is scored at its own size and the enlarged scores are added: the concatenated
+    map never exists.
+
+    Args:
+        num_classes: S.
+        width: channels of the last two layers; earlier ones keep `in_channels`.
+        num_layers: deformable layers, at least 1.
+    """
+
+    def __init__(
+        self, in_channels: int, num_classes: int, width: int = 128, num_layers: int = 3, norm: NormKind = "none"
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.layers = nn.Sequential()
+        for i in range(num_layers):
+            out_channels = width if i >= num_layers - 2 else in_channels
+            self.layers.append(ConvBlock(in_channels, out_channels, norm, deformable=True))
+            in_channels = out_channels
+        self.score = nn.Conv2d(4 * width, num_classes, 1)
+        nn.init.normal_(self.score.weight, std=0.01)
+        zero_bias(self.score)
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        size = levels[0].shape[-2:]
+        scores = None
+        for i, level in enumerate(levels):
+            x = self.layers(level)
+            weight = self.score.weight[:, i * self.width : (i + 1) * self.width]
+            score = F.conv2d(x, weight, self.score.bias if i == 0 else None)
+            if i > 0:
+                score = F.interpolate(score, size=size, mode="bilinear", align_corners=False)
+            scores = score if scores is None else scores + score
+        assert scores is not None
+        return scores.float()
+
+
+def semantic_loss(scores: Tensor, target: Tensor) -> Tensor:
+    """Softmax cross-entropy at full resolution: mean over the labelled pixels of an image, then over the images.
+
+    Args:
+        scores: B×S×h×w at stride 4. target: B×4h×4w semantic ids, VOID where there is none.
+    """
+    losses = []
+    for image_scores, image_target in zip(scores, target.long(), strict=True):
+        enlarged = F.interpolate(image_scores[None], scale_factor=4, mode="bilinear", align_corners=False)
+        total = F.cross_entropy(enlarged, image_target[None], ignore_index=VOID, reduction="sum")
+        losses.append(total / (image_target != VOID).sum().clamp(min=1))
+    return torch.stack(losses).mean()
+
+
+def roi_loss(scores: Tensor, target: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+    """Softmax cross-entropy of 28×28 crops around the things (UPSNet, section 3.2, "RoI loss"), mean over the images.
+
+    Pooling the scores equals scoring the pooled features, since both are linear. The mean is over all elements of an
+    image's crops; those without a label count as 0.
+
+    Args:
+        scores: B×S×h×w at stride 4. target: B×4h×4w semantic ids.
+        boxes: for each image G×4 boxes of its things, crowds left out, at network scale.
+    """
+    losses = []
+    for image, image_boxes in enumerate(boxes):
+        if len(image_boxes) == 0:
+            losses.append(scores.sum() * 0.0)
+            continue
+        rois = F.pad(image_boxes, (1, 0))
+        crops = roi_align(scores[image, None], rois, ROI_SIZE, spatial_scale=0.25, sampling_ratio=2)
+        labels = torch.stack([_crop_labels(target[image], box) for box in image_boxes])
+        losses.append(F.cross_entropy(crops, labels, ignore_index=VOID, reduction="sum") / labels.numel())
+    return torch.stack(losses).mean()
+
+
+def _crop_labels(target: Tensor, box: Tensor) -> Tensor:
+    """The labels inside a box, resized to ROI_SIZE by nearest neighbour: the end of the box is exclusive."""
+    x1, y1, x2, y2 = (int(v) for v in box.round().tolist())
+    x2, y2 = x2 + (x1 == x2), y2 + (y1 == y2)
+    steps = torch.arange(ROI_SIZE, device=target.device, dtype=torch.float64)
+    rows = (y1 + (steps * ((y2 - y1) / ROI_SIZE)).floor().long()).clamp(0, target.shape[0] - 1)
+    columns = (x1 + (steps * ((x2 - x1) / ROI_SIZE)).floor().long()).clamp(0, target.shape[1] - 1)
+    return target[rows[:, None], columns[None, :]].long()
