@@ -102,8 +102,12 @@ class Bitmap:
 
     def draw(self, height: int, width: int) -> Bool:
         canvas = np.zeros((height, width), dtype=bool)
-        rows, columns = self.pixels.shape
-        canvas[self.y : self.y + rows, self.x : self.x + columns] = self.pixels
+        # The canvas may be a pixel smaller than the photo (it is computed back from the network's size).
+        rows, columns = (
+            max(min(self.pixels.shape[0], height - self.y), 0),
+            max(min(self.pixels.shape[1], width - self.x), 0),
+        )
+        canvas[self.y : self.y + rows, self.x : self.x + columns] = self.pixels[:rows, :columns]
         return canvas
 
     def flip(self, width: int) -> "Bitmap":

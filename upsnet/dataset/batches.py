@@ -1,0 +1,128 @@
+"""Which photos meet in a batch, and how they are put together."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import cv2
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from upsnet.dataset.transforms import padded_size
+from upsnet.structures.draws import seed_of
+from upsnet.structures.sample import VOID, Batch, Sample, Targets
+
+
+class Draw(NamedTuple):
+    """An entry of the data set in one step of the training: what a random draw may depend on."""
+
+    entry: int
+    step: int
+
+
+def collate(samples: Sequence[Sample], stride: int = 32) -> Batch:
+    """Puts samples into one batch, padded at the right and bottom to a common multiple of `stride`.
+
+    Images are padded with 0, semantic maps with VOID, quarter masks (to a quarter of the padded size) with False. A
+    kind of target that one of the samples lacks is left out.
+    """
+    height, width = padded_size((max(s.size[0] for s in samples), max(s.size[1] for s in samples)), stride)
+    targets = [sample.targets or Targets() for sample in samples]
+    instances = [target.instances for target in targets if target.instances is not None]
+    semantic = [_pad(t.semantic, height, width, VOID) for t in targets if t.semantic is not None]
+    quarters = [_pad(t.quarter_masks, height // 4, width // 4, 0) for t in targets if t.quarter_masks is not None]
+    return Batch(
+        images=torch.stack([_pad(sample.image, height, width, 0) for sample in samples]),
+        sizes=[sample.size for sample in samples],
+        image_ids=[sample.image_id for sample in samples],
+        file_names=[sample.file_name for sample in samples],
+        original_sizes=[sample.original_size for sample in samples],
+        scales=[sample.scale for sample in samples],
+        flipped=[sample.flipped for sample in samples],
+        instances=instances if len(instances) == len(samples) else None,
+        semantic=torch.stack(semantic) if len(semantic) == len(samples) else None,
+        quarter_masks=quarters if len(quarters) == len(samples) else None,
+    )
+
+
+def _pad(planes: Tensor, height: int, width: int, value: int) -> Tensor:
+    padded = planes.new_full((*planes.shape[:-2], height, width), value)
+    padded[..., : planes.shape[-2], : planes.shape[-1]] = planes
+    return padded
+
+
+class TrainingSampler(Sampler[list[Draw]]):
+    """Micro-batches of an endless training: epoch after epoch in random order, without a gap between them.
+
+    Step k takes the positions k·T … (k+1)·T-1 of that row, T = batch_size · accumulation · num_workers; workers and,
+    within them, micro-batches take consecutive parts. So every way to the same T sees the same photos in a step, and a
+    resumed run goes on where it stopped.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        accumulation: int = 1,
+        worker: int = 0,
+        num_workers: int = 1,
+        seed: int = 0,
+        start_step: int = 0,
+        steps: int = 1,
+    ) -> None:
+        """Args:
+        length: entries of the data set. worker: rank of this process, of num_workers.
+        start_step, steps: the steps start_step … steps-1 are given, `accumulation` micro-batches for each.
+        """
+        if length < 1:
+            raise ValueError("a sampler needs at least one entry")
+        self.length, self.batch_size, self.accumulation = length, batch_size, accumulation
+        self.worker, self.num_workers = worker, num_workers
+        self.seed, self.start_step, self.steps = seed, start_step, steps
+        self._epochs: dict[int, Tensor] = {}
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        share = self.batch_size * self.accumulation
+        for step in range(self.start_step, self.steps):
+            first = (step * self.num_workers + self.worker) * share
+            for start in range(first, first + share, self.batch_size):
+                yield [Draw(self.index_at(position), step) for position in range(start, start + self.batch_size)]
+
+    def __len__(self) -> int:
+        """Number of micro-batches."""
+        return max(self.steps - self.start_step, 0) * self.accumulation
+
+    def index_at(self, position: int) -> int:
+        """The entry at a position of the endless row."""
+        epoch, offset = divmod(position, self.length)
+        if epoch not in self._epochs:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+            self._epochs = {e: order for e, order in self._epochs.items() if e == epoch - 1}
+            self._epochs[epoch] = torch.randperm(self.length, generator=generator)
+        return int(self._epochs[epoch][offset])
+
+
+class SamePaddedSizeSampler(Sampler[list[int]]):
+    """Batches for testing: every index once, together only with images of the same padded size.
+
+    The global-average branch of the FPN sees the padding, so an image must not be padded beyond its own size.
+    """
+
+    def __init__(self, padded_sizes: Sequence[tuple[int, int]], batch_size: int) -> None:
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, (height, width) in enumerate(padded_sizes):
+            groups[int(height), int(width)].append(index)
+        parts = (group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size))
+        self._batches = sorted(parts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+def start_loader_process(_: int) -> None:
+    """`worker_init_fn` of data loaders: no threads inside loader processes, which are as many as there are cores."""
+    cv2.setNumThreads(0)
