@@ -28,7 +28,7 @@ from upsnet.structures.results import segments_of
 
 SPLITS = ("train", "val")
 SMALLEST_SIDE = 96
-_VERSION = 1
+_VERSION = 1  # counts up with every change that changes a pixel
 _JPEG_QUALITY = 95
 _FIRST_STUFF_ID = 11
 _COLORS = {

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 Float = NDArray[np.float32]
 Contours = list[NDArray[np.float64]]
-_OVERSAMPLING = 4
+_OVERSAMPLING = 8
 
 
 def _circle(radius: float, corners: int = 96) -> NDArray[np.float64]:

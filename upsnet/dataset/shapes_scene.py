@@ -21,25 +21,30 @@ from upsnet.dataset.shapes_drawing import (
 )
 
 NO_THINGS = 0.06
-"""Share of images without things; likewise those with a crowd group and with a strip without label."""
+"""Share of images without things."""
 CROWD = 0.12
+"""Share of the others that have a crowd group."""
 VOID_STRIP = 0.15
+"""Share of images with a strip without label along one side."""
 DIAMETERS = (20.0, 68.0)
 """Diameter of the disk with a thing's area, in pixels of an image whose short side is 192."""
 _MOST_THINGS_AREA = 0.27
+"""Share of an image that the things may fill, before they cover each other."""
 _COVER = (0.08, 0.42)
 """Share of a thing that the one placed over it on purpose may hide."""
 
 
 @dataclass(slots=True)
 class Piece:
-    """One segment to be. kind: silhouette or texture. whole: pixels that it would have if nothing lay over it."""
+    """One segment to be.
+
+    kind: a silhouette or a texture. diameter: of the disk with a thing's area before anything covers it, pixels;
+    0 for stuff and crowds.
+    """
 
     kind: str
     is_crowd: bool = False
-    angle: float = 0.0
     diameter: float = 0.0
-    whole: int = 0
 
 
 @dataclass(slots=True)
@@ -53,8 +58,11 @@ class Scene:
 
 @dataclass(slots=True)
 class _Sheet:
-    """A scene in the making. tones: the colours of each piece. border: widths of the strip without label,
-    top, bottom, left, right."""
+    """A scene in the making.
+
+    canvas: H×W×3 RGB, 0..1. tones: the colours of each piece. border: widths of the strip without label at the top,
+    bottom, left and right.
+    """
 
     canvas: Float
     labels: NDArray[np.int16]
@@ -65,6 +73,10 @@ class _Sheet:
     @property
     def size(self) -> tuple[int, int]:
         return self.labels.shape[0], self.labels.shape[1]
+
+    def begin(self, piece: Piece) -> None:
+        self.pieces.append(piece)
+        self.tones.append([])
 
 
 def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
@@ -129,9 +141,9 @@ def _draw_region(rng: np.random.Generator, sheet: _Sheet, kind: str, region: NDA
         soft = cv2.GaussianBlur(region.astype(np.float32), (0, 0), 0.6)[..., None]
         painted = sheet.canvas * (1 - soft) + painted * soft
     sheet.canvas = painted
-    sheet.labels[region] = len(sheet.pieces)
-    sheet.pieces.append(Piece(kind, whole=int(region.sum())))
-    sheet.tones.append([first, second])
+    sheet.begin(Piece(kind))
+    sheet.tones[-1] += [first, second]
+    sheet.labels[region] = len(sheet.pieces) - 1
 
 
 # --- things --------------------------------------------------------------------------------------------------------
@@ -164,17 +176,17 @@ def _draw_things(rng: np.random.Generator, sheet: _Sheet, sun: float) -> None:
         if _all_recognisable(things, sheet.size):
             break
     if crowd:
-        group = Piece(crowd[0].piece.kind, is_crowd=True)
+        sheet.begin(Piece(crowd[0].piece.kind, is_crowd=True))
         for member in crowd:
-            member.piece = group
-    for thing in crowd + things:
+            _draw_thing(rng, sheet, member, sun)
+    for thing in things:
+        sheet.begin(thing.piece)
         _draw_thing(rng, sheet, thing, sun)
 
 
 def _new_thing(rng: np.random.Generator, kind: str, diameter: float) -> _Placed:
-    angle = rng.uniform(0, 2 * np.pi)
-    patch = silhouette(kind, diameter, angle, stretch=rng.uniform(0.92, 1.08))
-    return _Placed(Piece(kind, angle=float(angle), diameter=diameter), patch, 0, 0)
+    patch = silhouette(kind, diameter, angle=rng.uniform(0, 2 * np.pi), stretch=rng.uniform(0.92, 1.08))
+    return _Placed(Piece(kind, diameter=diameter), patch, 0, 0)
 
 
 def _random_kind(rng: np.random.Generator) -> str:
@@ -290,6 +302,7 @@ def _all_recognisable(things: list[_Placed], size: tuple[int, int]) -> bool:
 
 
 def _draw_thing(rng: np.random.Generator, sheet: _Sheet, thing: _Placed, sun: float) -> None:
+    """Paints a thing over what is there, as a part of the piece begun last."""
     on_image, on_patch = thing.window(sheet.size)
     patch, below = thing.patch, sheet.labels[on_image]
     under = [tone for i in np.unique(below[below >= 0]) for tone in sheet.tones[i]]
@@ -306,10 +319,5 @@ def _draw_thing(rng: np.random.Generator, sheet: _Sheet, thing: _Placed, sun: fl
     alpha = patch[on_patch][..., None]
     ground = sheet.canvas[on_image] * (1 - 0.4 * shadow[on_patch][..., None])
     sheet.canvas[on_image] = ground * (1 - alpha) + lab_to_rgb(lab) * shade[on_patch][..., None] * alpha
-    if not any(piece is thing.piece for piece in sheet.pieces):
-        sheet.pieces.append(thing.piece)
-        sheet.tones.append([])
-    position = next(i for i, piece in enumerate(sheet.pieces) if piece is thing.piece)
-    sheet.tones[position] += [lab]
-    below[thing.patch[on_patch] >= 0.5] = position
-    thing.piece.whole += int(np.sum(thing.patch[on_patch] >= 0.5))
+    sheet.tones[-1].append(lab)
+    below[patch[on_patch] >= 0.5] = len(sheet.pieces) - 1
