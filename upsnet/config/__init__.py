@@ -1,0 +1,15 @@
+"""The typed schema of a recipe, the reading of recipes, and the places where a run puts its files."""
+
+from upsnet.config.load import dump_recipe, load_recipe, parse_recipe
+from upsnet.config.schema import DatasetOptions, NetworkOptions, Recipe, TestOptions, TrainOptions
+
+__all__ = [
+    "DatasetOptions",
+    "NetworkOptions",
+    "Recipe",
+    "TestOptions",
+    "TrainOptions",
+    "dump_recipe",
+    "load_recipe",
+    "parse_recipe",
+]
