@@ -105,17 +105,21 @@ def read_panoptic(
         if info["category_id"] not in categories:
             raise DataError(f"{where}: category {info['category_id']} is not in the class table: mend the id")
         semantic_id = categories.semantic_id(info["category_id"])
-        x, y, width, height = info.get("bbox") or (0, 0, 0, 0)
-        box = (int(x), int(y), int(width), int(height))
+        try:
+            x, y, width, height = (int(value) for value in info.get("bbox", (0, 0, 0, 0)))
+        except (TypeError, ValueError):
+            raise DataError(f"{where}: 'bbox' must be x, y, width and height, not {info['bbox']}") from None
+        box = (x, y, width, height)
         is_crowd = bool(info.get("iscrowd", 0))
         segments.append(Segment(info["id"], semantic_id, info.get("area", 0), box, info.get("score"), is_crowd))
-    picture = read_png(source.with_suffix("") / record["file_name"], record["image_id"])
-    if picture.ndim != 3:
+    path = source.with_suffix("") / record["file_name"]
+    picture = read_png(path, record["image_id"])
+    if picture.ndim != 3 or picture.shape[2] < 3:
         raise DataError(
-            f"{source.with_suffix('') / record['file_name']} (image {record['image_id']}): is not an RGB picture: "
-            f"panoptic PNGs hold the segment id as R + 256 G + 65536 B"
+            f"{path} (image {record['image_id']}): is not an RGB picture: panoptic PNGs hold the segment id as "
+            f"R + 256 G + 65536 B"
         )
-    return rgb_to_id(picture[..., :3].astype(np.uint8, copy=False)), segments
+    return rgb_to_id(picture[..., :3]), segments
 
 
 def read_png(path: Path, image_id: int) -> NDArray[Any]:
@@ -156,8 +160,6 @@ def panoptic_record(prediction: Prediction, png_name: str, categories: Categorie
         }
         infos.append(info if segment.score is None else {**info, "score": segment.score})
     return {"image_id": prediction.image_id, "file_name": png_name, "segments_info": infos}
-
-
 
 
 def _content(path: Path) -> dict[str, Any]:

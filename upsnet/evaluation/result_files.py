@@ -93,9 +93,7 @@ class ResultWriter:
             self._panoptic.close("], " + json.dumps(tail)[1:])
         else:
             self._panoptic.discard()
-        write_json(
-            self._folder / "index.json", {"parts": parts, "images": self._images, "categories": categories}
-        )
+        write_json(self._folder / "index.json", {"parts": parts, "images": self._images, "categories": categories})
 
     def __enter__(self) -> "ResultWriter":
         return self
