@@ -194,6 +194,8 @@ def test_unknown_keys_name_file_and_nearest_key(write):
     assert refusal(path) == f"unknown key 'trian' in {path}: the nearest known key is 'train'"
     path = write("a.yaml", MINIMAL + "max_iteration: 5\n")
     assert "nearest known key is 'train.max_iteration'" in refusal(path)
+    path = write("a.yaml", "dataset: {path: data}\n")
+    assert "nearest known key is 'dataset.dataset_path'" in refusal(path)
     path = write("a.yaml", MINIMAL + "bases: x\n")
     assert "nearest known key is 'base'" in refusal(path)
     path = write("a.yaml", MINIMAL + "3: x\n")

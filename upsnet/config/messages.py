@@ -7,7 +7,6 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from upsnet.config.original_keys import NO_EFFECT
 from upsnet.config.schema import SECTIONS, Recipe, recipe_keys
 
 Layers = list[tuple[str, dict[str, Any]]]
@@ -50,11 +49,12 @@ def explain(error: ValidationError, layers: Layers, source: str) -> str:
 
 
 def nearest_key(dotted: str) -> str:
-    """The known key that looks most like this one; a key of another section counts if its last part is the same."""
-    known = ["base", *recipe_keys(), *NO_EFFECT, *SECTIONS]
-    last = dotted.rpartition(".")[2]
+    """The known key that looks most like this one: of the same name in any section, else of the same section."""
+    known = ["base", *recipe_keys(), *SECTIONS]
+    section, _, last = dotted.rpartition(".")
     namesakes = [key for key in known if key.rpartition(".")[2] == last]
-    return difflib.get_close_matches(dotted, namesakes or known, n=1, cutoff=0.0)[0]
+    neighbours = [key for key in known if section and key.startswith(f"{section}.")]
+    return difflib.get_close_matches(dotted, namesakes or neighbours or known, n=1, cutoff=0.0)[0]
 
 
 def file_of(path: Sequence[str], layers: Layers) -> str | None:
