@@ -25,7 +25,7 @@ def _disk() -> Contours:
 
 
 def _ring() -> Contours:
-    return [_circle(1.0), _circle(0.55)[::-1]]
+    return [_circle(1.0), _circle(0.5)[::-1]]
 
 
 def _triangle() -> Contours:
@@ -34,7 +34,7 @@ def _triangle() -> Contours:
 
 def _star() -> Contours:
     corners = _circle(1.0, corners=10)
-    corners[1::2] *= 0.42
+    corners[1::2] *= 0.45
     return [corners]
 
 

@@ -109,6 +109,7 @@ def _strip(rng: np.random.Generator, size: tuple[int, int]) -> tuple[int, int, i
 
 
 def _draw_stuff(rng: np.random.Generator, size: tuple[int, int]) -> _Sheet:
+    """Sky on top, mostly hills or water in the middle, one or two kinds of ground below; curved boundaries."""
     height, width = size
     y, x = np.mgrid[:height, :width]
     sheet = _Sheet(np.zeros((*size, 3), np.float32), np.full(size, -1, np.int16), [], [])
