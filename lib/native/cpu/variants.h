@@ -1,0 +1,39 @@
+// Instruction-set variants, chosen at run time.
+//
+// A kernel is one always-inlined template; each variant is a thin wrapper that carries a target attribute. Attributes
+// instead of compiler flags keep AVX code out of inline functions that the rest of the process shares, and one build
+// then runs on every machine. Never call such a template from a lambda: a lambda does not inherit the target.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+#define UPSNET_INLINE inline __attribute__((always_inline))
+
+#if defined(__x86_64__)
+#define UPSNET_X86 1
+#define UPSNET_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
+#define UPSNET_TARGET_AVX2 __attribute__((target("avx2,fma")))
+#else
+#define UPSNET_X86 0
+#endif
+
+namespace upsnet {
+
+enum class Variant { generic, avx2, avx512 };
+
+// The best variant of this machine; UPSNET_NATIVE_CPU (generic, avx2, avx512) can only lower it, which the tests use.
+inline Variant chosen_variant() {
+#if UPSNET_X86
+  const char* wish = std::getenv("UPSNET_NATIVE_CPU");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (wish != nullptr && std::strcmp(wish, "generic") == 0) return Variant::generic;
+  if (avx512 && (wish == nullptr || std::strcmp(wish, "avx2") != 0)) return Variant::avx512;
+  if (avx2) return Variant::avx2;
+#endif
+  return Variant::generic;
+}
+
+}  // namespace upsnet

@@ -1,0 +1,111 @@
+"""Deformable convolution, v1 and modulated (v2): the native kernel where it covers the call, torchvision's elsewhere."""
+
+import torch
+import torchvision
+from torch import Tensor
+
+from upsnet.operators import library
+
+Pair = int | tuple[int, int]
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """A convolution whose taps sample the input bilinearly at offset places (Dai et al. 2017, eq. 2; mask: Zhu et al. 2019).
+
+    Signature and values are those of `torchvision.ops.deform_conv2d`. A sample outside the input counts as 0; one
+    within a pixel of the border fades towards 0. The output has the input's memory format: channels-last is the fast
+    one. Half precision on the CPU and autocast compute in float32 and return the input's dtype.
+
+    Args:
+        input: (N, C, H, W).
+        offset: (N, 2·G·kh·kw, H', W'), in input pixels: dy, dx of every tap in row-major order; G offset groups.
+        weight: (O, C / weight groups, kh, kw).
+        bias: (O,), or none.
+        stride, padding, dilation: one number, or (vertical, horizontal).
+        mask: (N, G·kh·kw, H', W'), a factor for every sample, or none.
+
+    Returns:
+        (N, O, H', W').
+
+    Raises:
+        ValueError: a shape that does not fit, by the tensor's name.
+    """
+    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    _check(input, offset, weight, bias, mask, stride, padding, dilation)
+    tensors = [input, offset, weight, bias, mask]
+    if input.device.type == "cpu" and (
+        torch.is_autocast_enabled("cpu") or input.dtype in (torch.bfloat16, torch.float16)
+    ):
+        tensors = [None if tensor is None else tensor.float() for tensor in tensors]
+    return _dispatch(*tensors, stride, padding, dilation).to(input.dtype)  # type: ignore[arg-type]
+
+
+def _dispatch(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Tensor:
+    if library.covers_deform_conv2d(input, weight):
+        result: Tensor = torch.ops.upsnet.deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation)
+        return result
+    result = torchvision.ops.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+    return result
+
+
+def _pair(value: Pair) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _check(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> None:
+    for name, tensor in (("input", input), ("offset", offset), ("weight", weight), ("mask", mask)):
+        if tensor is not None and tensor.dim() != 4:
+            raise ValueError(f"deform_conv2d: {name} has shape {tuple(tensor.shape)}, four dimensions are expected")
+    images, channels, height, width = input.shape
+    outputs, _, kernel_h, kernel_w = weight.shape
+    if weight.shape[1] == 0 or channels % weight.shape[1]:
+        raise ValueError(f"deform_conv2d: weight wants {weight.shape[1]} input channels, input has {channels}")
+    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
+        raise ValueError(
+            f"deform_conv2d: stride {stride} and dilation {dilation} must be positive, padding {padding} not negative"
+        )
+    size = tuple(
+        (length + 2 * pad - gap * (kernel - 1) - 1) // step + 1
+        for length, pad, gap, kernel, step in zip(
+            (height, width), padding, dilation, (kernel_h, kernel_w), stride, strict=True
+        )
+    )
+    if min(size) < 1:
+        raise ValueError(f"deform_conv2d: input of {height}x{width} pixels is smaller than the {kernel_h}x{kernel_w} kernel")
+    taps = kernel_h * kernel_w
+    groups = offset.shape[1] // (2 * taps)
+    if groups == 0 or channels % groups or offset.shape != (images, 2 * taps * groups, *size):
+        wanted = (images, f"{2 * taps}·groups", *size)
+        raise ValueError(f"deform_conv2d: offset has shape {tuple(offset.shape)}, {wanted} is expected")
+    if mask is not None and mask.shape != (images, taps * groups, *size):
+        wanted_mask = (images, taps * groups, *size)
+        raise ValueError(f"deform_conv2d: mask has shape {tuple(mask.shape)}, {wanted_mask} is expected")
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"deform_conv2d: bias has shape {tuple(bias.shape)}, ({outputs},) is expected")
