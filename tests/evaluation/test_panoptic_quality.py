@@ -233,7 +233,7 @@ def test_numbers_of_the_official_tool_on_real_photos(shared):
 
 
 def test_numbers_of_the_original(shared):
-    """Two-channel results (class, instance) of the original on two COCO photos, scored by it and by the official tool."""
+    """Two-channel results (class, instance) of the original on two photos, scored by it and by the official tool."""
     fixture = np.load(shared("reference/oracle_fixtures") / "pq_coco.npz")
     sample = shared("data/eval_cases") / "panopticapi_sample"
     path = sample / "panoptic_examples.json"

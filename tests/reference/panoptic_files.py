@@ -24,7 +24,9 @@ def read_truths(path: Path, folder: Path | None = None) -> list[Truth]:
     categories = Categories.from_coco(content["categories"], path.name)
     truths = []
     for record in content["annotations"]:
-        rgb = np.asarray(Image.open((folder or path.with_suffix("")) / record["file_name"]).convert("RGB"), dtype=np.int32)
+        rgb = np.asarray(
+            Image.open((folder or path.with_suffix("")) / record["file_name"]).convert("RGB"), dtype=np.int32
+        )
         ids = rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
         semantic = np.full(ids.shape, VOID, dtype=np.int16)
         segments, annotations = [], []
@@ -40,7 +42,9 @@ def read_truths(path: Path, folder: Path | None = None) -> list[Truth]:
     return truths
 
 
-def as_prediction(truth: Truth, segment_map: np.ndarray | None = None, classes: dict[int, int] | None = None) -> Prediction:
+def as_prediction(
+    truth: Truth, segment_map: np.ndarray | None = None, classes: dict[int, int] | None = None
+) -> Prediction:
     """The truth without its crowds as prediction, or another map of the same ids (with other semantic ids)."""
     classes = {s.id: s.semantic_id for s in truth.segments} | (classes or {})
     if segment_map is None:
@@ -63,6 +67,9 @@ def with_instances(prediction: Prediction, categories: Categories, scores: Itera
             masks.append(coco_mask.encode(np.asfortranarray(prediction.segment_map == segment.id)))
     scores = [score for score, _ in zip(scores, boxes, strict=False)]
     instances = Detections(
-        np.asarray(boxes, np.float32).reshape(-1, 4), np.asarray(classes, np.int64), np.asarray(scores, np.float32), masks
+        np.asarray(boxes, np.float32).reshape(-1, 4),
+        np.asarray(classes, np.int64),
+        np.asarray(scores, np.float32),
+        masks,
     )
     return replace(prediction, instances=instances)

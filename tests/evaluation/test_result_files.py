@@ -1,0 +1,217 @@
+import json
+
+import numpy as np
+import pytest
+
+from tests.miniature import edited, write_miniature
+from tests.reference.panoptic_files import as_prediction, read_categories, read_truths, with_instances
+from upsnet.evaluation.coco_files import evaluate_files
+from upsnet.evaluation.instance_ap import InstanceAP
+from upsnet.evaluation.panoptic_quality import PanopticQuality
+from upsnet.evaluation.result_files import ResultWriter, read_results, write_summary
+from upsnet.evaluation.semantic_iou import SemanticIoU
+from upsnet.structures.categories import Categories, Category
+from upsnet.structures.errors import DataError, PlaceError, UserError
+from upsnet.structures.results import Prediction, Segment
+
+
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory):
+    path = write_miniature(tmp_path_factory.mktemp("data")) / "annotations" / "panoptic_train.json"
+    return path, read_categories(path), read_truths(path)
+
+
+def imperfect(truth, categories):
+    moved = np.roll(as_prediction(truth).segment_map, 3, axis=1)
+    prediction = with_instances(as_prediction(truth, moved), categories, np.linspace(0.91, 0.13, 9))
+    prediction.semantic_map = np.roll(truth.semantic_map, 2, axis=0)
+    prediction.segments[0].score = 0.7
+    prediction.file_name = prediction.file_name.replace(".png", ".jpg")
+    return prediction
+
+
+def score(predictions, truths, categories, folder):
+    quality, semantic, ap = PanopticQuality(categories), SemanticIoU(categories), InstanceAP(categories, folder)
+    for prediction, truth in zip(predictions, truths, strict=True):
+        quality.add(prediction, truth)
+        semantic.add(prediction, truth)
+        ap.add(prediction, truth)
+    return {"panoptic": quality.summary(), **ap.summary(), "semantic": semantic.summary()}
+
+
+@pytest.fixture
+def stored(miniature, tmp_path):
+    """A result folder with everything in it, the predictions and their summary."""
+    _, categories, truths = miniature
+    predictions = [imperfect(truth, categories) for truth in truths]
+    folder = tmp_path / "results"
+    with ResultWriter(folder, categories) as writer:
+        for prediction in predictions:
+            writer.add(prediction)
+        summary = score(predictions, truths, categories, folder)
+    return folder, predictions, summary
+
+
+def test_what_is_stored_scores_the_same(miniature, stored):
+    _, categories, truths = miniature
+    folder, predictions, summary = stored
+    assert 0 < summary["panoptic"]["all"]["pq"] < 100 and 0 < summary["box"]["ap"] < 100
+    assert score(read_results(folder, categories), truths, categories, folder) == summary
+    # Once more: scoring has written the detections anew.
+    for again, first in zip(read_results(folder, categories), predictions, strict=True):
+        assert (again.image_id, again.file_name, again.segments) == (first.image_id, first.file_name, first.segments)
+        assert np.array_equal(again.segment_map, first.segment_map) and again.segment_map.dtype == np.int32
+        assert np.array_equal(again.semantic_map, first.semantic_map) and again.semantic_map.dtype == np.int16
+        assert np.array_equal(again.instances.boxes, first.instances.boxes)
+        assert np.array_equal(again.instances.classes, first.instances.classes)
+        assert np.array_equal(again.instances.scores, first.instances.scores)
+    assert list(folder.rglob("*.part")) == []
+
+
+def test_panoptic_json_is_a_coco_file(miniature, stored):
+    path, categories, _ = miniature
+    folder, _, summary = stored
+    content = json.loads((folder / "panoptic.json").read_text())
+    assert set(content) == {"annotations", "images", "categories"}
+    assert {c["id"] for c in content["categories"]} == {c.id for c in categories}
+    assert evaluate_files(folder / "panoptic.json", path, progress=False) == {"panoptic": summary["panoptic"]}
+
+
+def test_many_segments_and_many_classes(tmp_path):
+    categories = Categories([Category(3 * i + 1, str(i), i % 2 == 0, (0, 0, 0)) for i in range(300)])
+    ids = np.arange(1, 301, dtype=np.int32).reshape(15, 20)
+    segments = [Segment(i, i - 1, 1, ((i - 1) % 20, (i - 1) // 20, 1, 1)) for i in range(1, 301)]
+    semantic = np.where(ids == 7, -1, ids - 1).astype(np.int16)
+    with ResultWriter(tmp_path, categories) as writer:
+        writer.add(Prediction(1, "a.jpg", ids, segments, semantic_map=semantic))
+    (again,) = read_results(tmp_path, categories)
+    assert again.segments == segments and again.instances is None
+    assert np.array_equal(again.segment_map, ids) and np.array_equal(again.semantic_map, semantic)
+
+
+def test_only_a_semantic_map(tmp_path):
+    categories = Categories([Category(i, str(i), False, (0, 0, 0)) for i in range(255)])
+    semantic = np.asarray([[0, 254, -1]], dtype=np.int16)
+    with ResultWriter(tmp_path, categories) as writer:
+        writer.add(Prediction(1, "a.jpg", semantic_map=semantic))
+    (again,) = read_results(tmp_path, categories)
+    assert np.array_equal(again.semantic_map, semantic) and again.segment_map is None
+    assert not (tmp_path / "panoptic.json").exists()
+
+
+def test_photos_of_one_name_in_two_folders(tmp_path):
+    categories = Categories([Category(1, "a", False, (0, 0, 0))])
+    names = ["x/street.jpg", "y/street.jpg", "y/Street.png"]
+    with ResultWriter(tmp_path, categories) as writer:
+        for i, name in enumerate(names):
+            writer.add(Prediction(i, name, semantic_map=np.full((1, 2), i - 2, dtype=np.int16).clip(-1)))
+    again = list(read_results(tmp_path, categories))
+    assert [p.file_name for p in again] == names
+    assert len(list((tmp_path / "semantic").iterdir())) == 3 and again[2].semantic_map[0, 0] == 0
+
+
+def test_an_error_leaves_no_complete_results(miniature, stored):
+    _, categories, _ = miniature
+    folder, predictions, _ = stored
+    with pytest.raises(ZeroDivisionError), ResultWriter(folder, categories) as writer:
+        writer.add(predictions[0])
+        raise ZeroDivisionError
+    with pytest.raises(PlaceError, match=r"holds no complete results \(no index\.json\)"):
+        next(read_results(folder, categories))
+    assert list(folder.rglob("*.part")) == []
+
+
+def unlink(name):
+    return lambda folder: next(folder.glob(name)).unlink()
+
+
+def cut(name):
+    def half(folder):
+        path = next(folder.glob(name))
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    return half
+
+
+def without_last_line_but_one(folder):
+    path = folder / "bbox_results.json"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:-2], "]"]))
+
+
+def other_image(folder):
+    with edited(folder / "panoptic.json") as content:
+        del content["annotations"][2]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (unlink("index.json"), "no complete results"),
+        (unlink("panoptic.json"), "cannot read .*panoptic.json"),
+        (unlink("panoptic/*.png"), r"\(image \d+\): there is no such PNG"),
+        (unlink("semantic/*.png"), r"semantic.*\(image \d+\): there is no such PNG"),
+        (unlink("bbox_results.json"), "cannot read .*bbox_results.json"),
+        (unlink("segm_results.json"), "cannot read .*segm_results.json"),
+        (cut("index.json"), "index.json: is not valid json"),
+        (cut("panoptic.json"), "panoptic.json: is not valid json"),
+        (cut("panoptic/*.png"), r"\(image \d+\): the PNG cannot be read"),
+        (cut("semantic/*.png"), r"\(image \d+\): the PNG cannot be read"),
+        (cut("segm_results.json"), "segm_results.json: is damaged"),
+        (without_last_line_but_one, r"image \d+: does not fit bbox_results.json"),
+        (other_image, "panoptic.json: has no annotation of image"),
+    ],
+)
+def test_damaged_results(miniature, stored, damage, words):
+    damage(stored[0])
+    with pytest.raises(UserError, match=words):
+        list(read_results(stored[0], miniature[1]))
+
+
+def test_results_of_another_class_table(miniature, stored):
+    categories = list(miniature[1])
+    with pytest.raises(DataError, match="the results have 5 classes, the data set 4"):
+        next(read_results(stored[0], Categories(categories[:-1])))
+    with pytest.raises(DataError, match="class 4 is 'kite'"):
+        next(read_results(stored[0], Categories([*categories[:-1], Category(99, "dog", True, (0, 0, 0))])))
+
+
+def test_unwritable_folder(miniature, stored, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(PlaceError, match=r"cannot write .*: make room or choose"):
+            ResultWriter(folder, miniature[1])
+        with pytest.raises(PlaceError, match=r"cannot write .*summary\.json: (Not a directory|File exists)"):
+            write_summary(folder, stored[2])
+
+
+def store(folder, predictions, categories):
+    with ResultWriter(folder, categories) as writer:
+        for prediction in predictions:
+            writer.add(prediction)
+
+
+@pytest.mark.parametrize(
+    "name", ["panoptic.json", "index.json", "semantic/000000000010.png", "panoptic/000000000010.png"]
+)
+def test_full_disk(miniature, stored, tmp_path, name):
+    folder = tmp_path / "full"
+    part = folder / f"{name}.part"
+    part.parent.mkdir(parents=True)
+    part.symlink_to("/dev/full")
+    with pytest.raises(PlaceError, match=f"{name}: No space left on device: make room"):
+        store(folder, stored[1], miniature[1])
+    assert not (folder / name).exists() and not (folder / "index.json").exists()
+    assert list(folder.rglob("*.part")) == []
+
+
+def test_full_disk_at_the_summary(stored, tmp_path):
+    (tmp_path / "summary.json.part").symlink_to("/dev/full")
+    with pytest.raises(PlaceError, match=r"summary\.json: No space left on device"):
+        write_summary(tmp_path, stored[2])
+    assert list(tmp_path.glob("summary*")) == []
+
+
+def test_summary_file(stored, tmp_path):
+    path = write_summary(tmp_path, stored[2])
+    assert json.loads(path.read_text()) == stored[2], "full precision survives"
