@@ -1,4 +1,4 @@
-"""The native library, which is optional: without torch, a compiler or a suitable platform the package installs without it.
+"""The native library. It is optional: without torch or a compiler the package installs without it.
 
 `python setup.py build_ext --inplace` builds it beside upsnet/operators; UPSNET_NATIVE=0 leaves it out. It is written
 against LibTorch's stable ABI and loaded by `upsnet/operators/library.py`; no Python symbol is needed, so that one file

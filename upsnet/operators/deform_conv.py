@@ -1,4 +1,4 @@
-"""Deformable convolution, v1 and modulated (v2): the native kernel where it covers the call, torchvision's elsewhere."""
+"""Deformable convolution, v1 and modulated: the native kernel where it covers the call, torchvision's elsewhere."""
 
 import torch
 import torchvision
@@ -19,7 +19,7 @@ def deform_conv2d(
     dilation: Pair = 1,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """A convolution whose taps sample the input bilinearly at offset places (Dai et al. 2017, eq. 2; mask: Zhu et al. 2019).
+    """A convolution whose taps sample the input bilinearly at offset places (Dai et al. 2017, eq. 2).
 
     Signature and values are those of `torchvision.ops.deform_conv2d`. A sample outside the input counts as 0; one
     within a pixel of the border fades towards 0. The output has the input's memory format: channels-last is the fast
@@ -31,7 +31,7 @@ def deform_conv2d(
         weight: (O, C / weight groups, kh, kw).
         bias: (O,), or none.
         stride, padding, dilation: one number, or (vertical, horizontal).
-        mask: (N, G·kh·kw, H', W'), a factor for every sample, or none.
+        mask: (N, G·kh·kw, H', W'), a factor for every sample (Zhu et al. 2019, eq. 1), or none.
 
     Returns:
         (N, O, H', W').
@@ -41,29 +41,16 @@ def deform_conv2d(
     """
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
     _check(input, offset, weight, bias, mask, stride, padding, dilation)
-    tensors = [input, offset, weight, bias, mask]
-    if input.device.type == "cpu" and (
-        torch.is_autocast_enabled("cpu") or input.dtype in (torch.bfloat16, torch.float16)
-    ):
-        tensors = [None if tensor is None else tensor.float() for tensor in tensors]
-    return _dispatch(*tensors, stride, padding, dilation).to(input.dtype)  # type: ignore[arg-type]
-
-
-def _dispatch(
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> Tensor:
+    given = input.dtype
+    if input.device.type == "cpu" and (torch.is_autocast_enabled("cpu") or given in (torch.bfloat16, torch.float16)):
+        input, offset, weight = input.float(), offset.float(), weight.float()
+        bias = None if bias is None else bias.float()
+        mask = None if mask is None else mask.float()
     if library.covers_deform_conv2d(input, weight):
         result: Tensor = torch.ops.upsnet.deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation)
-        return result
-    result = torchvision.ops.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
-    return result
+    else:
+        result = torchvision.ops.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+    return result.to(given)
 
 
 def _pair(value: Pair) -> tuple[int, int]:
@@ -98,7 +85,7 @@ def _check(
         )
     )
     if min(size) < 1:
-        raise ValueError(f"deform_conv2d: input of {height}x{width} pixels is smaller than the {kernel_h}x{kernel_w} kernel")
+        raise ValueError(f"deform_conv2d: input of {height}x{width} pixels is too small for the kernel")
     taps = kernel_h * kernel_w
     groups = offset.shape[1] // (2 * taps)
     if groups == 0 or channels % groups or offset.shape != (images, 2 * taps * groups, *size):

@@ -59,9 +59,7 @@ def _deform_conv2d_shape(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    size = [
-        _out_size(input.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in range(2)
-    ]
+    size = [_out_size(input.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in range(2)]
     return input.new_empty(input.shape[0], weight.shape[0], *size).to(memory_format=_dense_format(input))
 
 
@@ -108,9 +106,7 @@ def _register() -> None:
     torch.library.register_fake("upsnet::deform_conv2d", _deform_conv2d_shape)
     torch.library.register_fake("upsnet::deform_conv2d_backward", _deform_conv2d_backward_shape)
     torch.library.register_fake("upsnet::nms_sorted", _nms_sorted_shape)
-    torch.library.register_autograd(
-        "upsnet::deform_conv2d", _deform_conv2d_gradient, setup_context=_save_for_backward
-    )
+    torch.library.register_autograd("upsnet::deform_conv2d", _deform_conv2d_gradient, setup_context=_save_for_backward)
 
 
 NOT_IN_USE_BECAUSE = _load()

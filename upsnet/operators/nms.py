@@ -32,13 +32,11 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 
 def nms_inclusive(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """`nms` for boxes whose last pixel belongs to them: width = x2 - x1 + 1, the convention of this project's networks."""
+    """`nms` for boxes whose last pixel belongs to them: width = x2 - x1 + 1, the convention of our networks."""
     return nms(to_exclusive(boxes), scores, iou_threshold)
 
 
-def batched_nms(
-    boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, inclusive: bool = False
-) -> Tensor:
+def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, inclusive: bool = False) -> Tensor:
     """`nms` within each group (class, level, image or a code of several): boxes of different groups never meet.
 
     Args:
