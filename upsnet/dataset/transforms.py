@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upsnet.structures.draws import SeededDraws
+from upsnet.structures.errors import DataError
 from upsnet.structures.masks import Masks
 
 PIXEL_MEANS = (102.9801, 115.9465, 122.7717)
@@ -38,11 +39,21 @@ class Transform:
     seed: int = 0
 
     def scale(self, height: int, width: int, image_id: int, step: int = 0, flipped: bool = False) -> float:
-        """Network pixels per photo pixel: a function of the seed, the step and the image alone."""
+        """Network pixels per photo pixel: a function of the seed, the step and the image alone.
+
+        Raises:
+            DataError: the photo is so thin that nothing would be left of it.
+        """
         choice = 0
         if len(self.scales) > 1:
             choice = SeededDraws(self.seed, step, image_id, int(flipped)).integer(len(self.scales))
-        return network_scale(height, width, self.scales[choice], self.max_size)
+        scale = network_scale(height, width, self.scales[choice], self.max_size)
+        if min(scaled_size(height, width, scale)) < 1:
+            raise DataError(
+                f"image {image_id}: {height}×{width} pixels (height × width) are too long and thin: nothing would be "
+                f"left of the short side at a long side of {self.max_size}"
+            )
+        return scale
 
     def image(self, photo: NDArray[np.uint8], scale: float) -> Tensor:
         """H×W×3 uint8 RGB photo → 3×h×w float32 network input, without padding."""
@@ -117,5 +128,7 @@ def _quarter_positions(length: int, scale: float) -> NDArray[np.int64]:
     """Which of `length` pixels remain after resizing by scale and then by 1/4, asked of OpenCV itself."""
     positions: NDArray[Any] = np.arange(length, dtype=np.float32)[None]
     for factor in (scale, 0.25):
+        if round(positions.size * factor) == 0:
+            return np.zeros(0, dtype=np.int64)
         positions = cv2.resize(positions, None, fx=factor, fy=1, interpolation=cv2.INTER_NEAREST)
     return positions[0].astype(np.int64)
