@@ -15,7 +15,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise PlaceError(f"{path} cannot be written ({reason}): free the disk or choose another output_path") from error
+        raise PlaceError(f"{path} cannot be written ({reason}): make room or choose another output_path") from error
 
 
 def write_temporary(path: Path, data: bytes | memoryview) -> Path:

@@ -1,0 +1,168 @@
+import io
+import os
+import pickle
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from upsnet.checkpoints.files import load_into, read_weights
+from upsnet.structures.errors import WeightsError
+
+STATE = {"a.weight": torch.arange(300.0), "a.bias": torch.ones(3, dtype=torch.float64), "count": torch.tensor(7)}
+
+
+def torch_bytes(content, **options):
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+LEGACY = {"_use_new_zipfile_serialization": False}
+
+
+def write(path, data):
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("options", [{}, LEGACY], ids=["zip", "legacy"])
+def test_both_formats_of_torch(tmp_path, options):
+    read = read_weights(write(tmp_path / "w.pth", torch_bytes(OrderedDict(STATE), **options)))
+    assert read.kind == "torch" and read.categories is None and read.recipe is None
+    assert read.state.keys() == STATE.keys()
+    assert torch.equal(read.state["a.weight"], STATE["a.weight"])
+    assert [tensor.dtype for tensor in read.state.values()] == [torch.float32, torch.float32, torch.int64]
+
+
+def test_safetensors(tmp_path):
+    safetensors.torch.save_file(STATE, tmp_path / "w.safetensors")
+    read = read_weights(tmp_path / "w.safetensors")
+    assert read.kind == "safetensors" and torch.equal(read.state["a.weight"], STATE["a.weight"])
+
+
+def test_half_precision_module_prefix_and_things_that_are_no_tensors(tmp_path):
+    content = {
+        "module.a": torch.tensor([0.1], dtype=torch.float16), "b": nn.Parameter(torch.ones(1, dtype=torch.bfloat16)),
+        "epoch": 3, "best": np.float64(0.5), "name": "x",
+    }  # fmt: skip
+    for options in ({}, LEGACY):
+        read = read_weights(write(tmp_path / "w.pth", torch_bytes(content, **options)))
+        assert read.state.keys() == {"a", "b"}
+        assert all(tensor.dtype == torch.float32 and not tensor.requires_grad for tensor in read.state.values())
+        assert read.state["a"].item() == torch.tensor(0.1).half().item()
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int64, np.bool_, np.uint8])
+def test_numpy_scalars_are_harmless(tmp_path, dtype):
+    data = torch_bytes({"a": torch.ones(1), "n": dtype(1)})
+    # Files written with numpy 1 name the constructor's old home.
+    for home in (b"numpy._core.multiarray", b"numpy.core.multiarray"):
+        path = write(tmp_path / "w.pth", torch_bytes({"a": torch.ones(1), "n": dtype(1)}, **LEGACY).replace(
+            b"numpy._core.multiarray", home))  # fmt: skip
+        assert read_weights(path).state.keys() == {"a"}
+    assert read_weights(write(tmp_path / "w.pth", data)).state.keys() == {"a"}
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.system, ("echo ran > ran",)
+
+
+ZIP, OLD = torch_bytes(STATE), torch_bytes(STATE, **LEGACY)
+FAULTS = {
+    "text": (b"hello, I am a text file\n", "not a weight file: it begins with b'hello"),
+    "web page": (b"<!DOCTYPE html><html>", "not a weight file"),
+    "empty": (b"", "not a weight file"),
+    "other pickle": (pickle.dumps({"a": 1}), "not a weight file"),
+    "zip without end": (ZIP[: len(ZIP) // 2], "cut off or damaged"),
+    "zip without its last bytes": (ZIP[:-10], "cut off or damaged"),
+    "legacy without end": (OLD[: len(OLD) // 2], "cut off or damaged"),
+    "legacy, only the start": (OLD[:80], "cut off or damaged"),
+    "legacy without its last bytes": (OLD[:-10], "cut off or damaged"),
+    "code": (torch_bytes({"a": RunsCode()}), r"more than tensors and may run code \((posix|nt)\.system\)"),
+    "code, legacy": (torch_bytes({"a": RunsCode()}, **LEGACY), r"may run code \((posix|nt)\.system\)"),
+    "NaN": (torch_bytes({"fine": torch.ones(2), "bad.weight": torch.tensor([1, torch.nan])}), "NaN .* bad.weight"),
+    "infinity": (torch_bytes({"bad": torch.tensor([-torch.inf], dtype=torch.float16)}), "infinite .* bad"),
+    "no tensors": (torch_bytes({"epoch": 3}), "no tensors by name"),
+    "a list": (torch_bytes([torch.ones(1)]), "no tensors by name"),
+    "from the future": (torch_bytes({"weights": STATE, "format_version": 99}), "format version 99"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_named_in_one_sentence(tmp_path, monkeypatch, fault):
+    monkeypatch.chdir(tmp_path)
+    data, message = FAULTS[fault]
+    path = write(tmp_path / "w.pth", data)
+    with pytest.raises(WeightsError, match=message) as caught:
+        read_weights(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_missing_files_and_folders(tmp_path):
+    for name in ("w.pth", "w.safetensors"):
+        with pytest.raises(WeightsError, match=rf"there is no weight file .*{name}"):
+            read_weights(tmp_path / name)
+        (tmp_path / name).mkdir()
+        with pytest.raises(WeightsError, match="cannot be read"):
+            read_weights(tmp_path / name)
+
+
+def test_faults_of_safetensors(tmp_path):
+    data = safetensors.torch.save(STATE)
+    for damaged in (b"", data[:5], data[:-5], b"text that is no header at all"):
+        with pytest.raises(WeightsError, match="cut off or no safetensors"):
+            read_weights(write(tmp_path / "w.safetensors", damaged))
+    safetensors.torch.save_file({"bad": torch.tensor([torch.nan])}, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match="NaN"):
+        read_weights(tmp_path / "w.safetensors")
+
+
+def network():
+    return nn.Sequential(OrderedDict(first=nn.Linear(2, 3), norm=nn.BatchNorm1d(3), last=nn.Linear(3, 5)))
+
+
+def test_fitting_weights_go_in_whole():
+    source, target = network(), network()
+    report = load_into(target, source.state_dict(), "w.pth")
+    assert report.left_out == report.initialised == [] and report.differences() == ""
+    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in target.state_dict().items())
+
+
+def test_counters_of_batch_norm_may_be_absent_or_too_many():
+    state = network().state_dict()
+    del state["norm.num_batches_tracked"]
+    load_into(network(), state, "w.pth")
+    load_into(nn.Linear(2, 3), nn.Linear(2, 3).state_dict() | {"x.num_batches_tracked": torch.tensor(1)}, "w.pth")
+
+
+def test_another_network_is_refused_and_nothing_changes():
+    target = network()
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    state = {name: tensor + 1 for name, tensor in before.items()}
+    del state["first.weight"], state["norm.bias"]
+    state |= {f"more{i}": torch.ones(1) for i in range(5)} | {"last.weight": torch.ones(9, 3)}
+    with pytest.raises(WeightsError) as caught:
+        load_into(target, state, "w.pth")
+    assert str(caught.value) == (
+        "w.pth belongs to another network (2 missing: first.weight, norm.bias; 5 unknown here: more0, more1, more2, …; "
+        "1 of another shape: last.weight (9×3, here 5×3)): use the recipe it was trained with"
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
+
+
+def test_not_strict_takes_what_fits_and_lists_the_rest():
+    target = network()
+    state = {name: tensor + 1 for name, tensor in target.state_dict().items()}
+    state["last.weight"], state["more"] = torch.ones(9, 3), torch.ones(1)
+    own = target.last.weight.clone()
+    del state["first.bias"]
+    report = load_into(target, state, "w.pth", strict=False)
+    assert report.left_out == ["last.weight", "more"] and report.initialised == ["first.bias", "last.weight"]
+    assert "first.weight" in report.loaded and torch.equal(target.first.weight, state["first.weight"])
+    assert torch.equal(target.last.weight, own)

@@ -1,0 +1,176 @@
+import errno
+import io
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.engine.toy import OPTIONS, Toy, batches, same_weights
+from upsnet.checkpoints.files import read_weights
+from upsnet.engine import places
+from upsnet.engine.optimizer import build_optimizer
+from upsnet.engine.snapshots import ResumeState, Snapshots, resume, state_path
+from upsnet.engine.train import train
+from upsnet.structures.categories import Categories, Category
+from upsnet.structures.errors import PlaceError, WeightsError
+
+CATEGORIES = Categories([Category(7, "cat", True, (1, 2, 3)), Category(90, "sky", False, (4, 5, 6))])
+
+
+@pytest.fixture
+def snapshots(tmp_path):
+    return Snapshots(tmp_path / "out", "toy_", CATEGORIES, "seed: 1\n")
+
+
+def save(snapshots, iteration=4, network=None):
+    network = network or Toy()
+    return snapshots.save(network, build_optimizer(network), ResumeState(iteration, 1))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_ten_steps_are_five_and_five_byte_for_byte(snapshots, kind, precision):
+    options = replace(OPTIONS, snapshot_step=5, precision=precision)
+    whole = Toy(dropout=0.2, batch_norm=True)
+    train(whole, batches(4), build_optimizer(whole, kind), options, snapshots)
+    assert sorted(path.name for path in snapshots.folder.iterdir()) == [
+        "toy_10.pth", "toy_10.state.pth", "toy_5.pth", "toy_5.state.pth",
+    ]  # fmt: skip
+    written = {name: (snapshots.folder / name).read_bytes() for name in ("toy_10.pth", "toy_10.state.pth")}
+
+    again = Toy(dropout=0.2, batch_norm=True)
+    with torch.no_grad():
+        again.conv.weight.zero_()
+    optimizer = build_optimizer(again, kind)
+    start = resume(snapshots.path(5), again, optimizer)
+    assert (start.iteration, start.seed) == (5, 1)
+    train(again, batches(4, first_step=5), optimizer, options, snapshots, start=start)
+    assert same_weights(whole, again)
+    assert written == {name: (snapshots.folder / name).read_bytes() for name in written}
+
+
+def test_the_last_step_is_saved_once_more(snapshots):
+    network = Toy()
+    train(network, batches(4), build_optimizer(network), replace(OPTIONS, max_iteration=7, snapshot_step=3), snapshots)
+    assert sorted(int(p.stem.removeprefix("toy_")) for p in snapshots.folder.glob("toy_?.pth")) == [3, 6, 7]
+
+
+def test_what_a_snapshot_holds(snapshots):
+    network = Toy()
+    path = save(snapshots, network=network)
+    assert path == snapshots.folder / "toy_4.pth"
+    content = torch.load(path, weights_only=True)
+    assert content.keys() == {"weights", "categories", "recipe", "format_version"}
+    assert torch.load(state_path(path), weights_only=True)["iteration"] == 4
+    read = read_weights(path)
+    assert read.kind == "snapshot" and read.categories == CATEGORIES and read.recipe == "seed: 1\n"
+    assert read.state.keys() == network.state_dict().keys()
+
+
+@pytest.mark.parametrize("file", [1, 2])
+@pytest.mark.parametrize("call", ["write", "sync"])
+def test_full_disk_leaves_nothing_half_written(snapshots, monkeypatch, file, call):
+    """The disk is full at the first or second file, noticed when writing or only when syncing."""
+    save(snapshots)
+    before = {p.name: p.read_bytes() for p in snapshots.folder.iterdir()}
+    network = Toy()
+    network.conv.weight.data.zero_()
+    for iteration in (4, 8):
+        fails = _FailsAt(file)
+        with monkeypatch.context() as patch, pytest.raises(PlaceError) as caught:
+            if call == "sync":
+                patch.setattr(os, "fsync", fails)
+            else:
+                patch.setattr(places, "open", lambda *arguments, fails=fails: _Full(fails, *arguments), raising=False)
+            save(snapshots, iteration, network)
+        assert f"toy_{iteration}.pth cannot be written (No space left on device)" in str(caught.value)
+        assert {p.name: p.read_bytes() for p in snapshots.folder.iterdir()} == before
+
+
+class _FailsAt:
+    """Its n-th call finds the disk full."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def __call__(self, *_):
+        self.left -= 1
+        if self.left == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class _Full(io.FileIO):
+    """A file of which half may be written when the disk is full."""
+
+    def __init__(self, fails, *arguments):
+        super().__init__(*arguments)
+        self.fails = fails
+
+    def write(self, data):
+        super().write(data[: len(data) // 2])
+        self.fails()
+        return super().write(data[len(data) // 2 :])
+
+
+def test_stopped_between_the_renames_is_no_complete_pair(snapshots, monkeypatch):
+    path = save(snapshots)
+    rename, calls = os.replace, []
+
+    def second_fails(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", second_fails)
+    with pytest.raises(PlaceError):
+        save(snapshots)
+    assert calls == [path, state_path(path)]
+    assert [p.name for p in snapshots.folder.iterdir()] == [path.name]
+    with pytest.raises(WeightsError, match=r"toy_4\.state\.pth is missing"):
+        network = Toy()
+        resume(path, network, build_optimizer(network))
+
+
+def test_unwritable_place(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PlaceError, match=r"toy_4\.pth cannot be written .*output_path"):
+        save(Snapshots(tmp_path / "file" / "out", "toy_", CATEGORIES, ""))
+
+
+def test_resume_that_does_not_fit(snapshots):
+    path = save(snapshots)
+    network = Toy()
+    with pytest.raises(WeightsError, match=r"CaffeSGD.*AdamW"):
+        resume(path, network, build_optimizer(network, "adamw"))
+    network.head.requires_grad_(False)
+    with pytest.raises(WeightsError, match="trainable parameters"):
+        resume(path, network, build_optimizer(network))
+    with pytest.raises(WeightsError, match="there is no weight file"):
+        resume(snapshots.path(99), network, build_optimizer(network))
+    torch.save({"epoch": 1}, state_path(path))
+    with pytest.raises(WeightsError, match="not the training state"):
+        resume(path, network, build_optimizer(network))
+
+
+def test_another_seed_is_told(snapshots, caplog):
+    network = Toy()
+    optimizer = build_optimizer(network)
+    start = resume(save(snapshots), network, optimizer)
+    train(network, batches(4), optimizer, replace(OPTIONS, seed=9, max_iteration=5), start=start)
+    assert "seed 1" in caplog.text and "seed 9" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_snapshots_of_a_gpu_are_read_without_one(snapshots, precision):
+    options = replace(OPTIONS, precision=precision, max_iteration=5)
+    network = Toy().cuda()
+    train(network, batches(4), build_optimizer(network), options, snapshots)
+    for device in ("cpu", "cuda"):
+        again = Toy().to(device)
+        optimizer = build_optimizer(again)
+        assert resume(snapshots.path(5), again, optimizer).iteration == 5
+        assert same_weights(again.cpu(), network.cpu())
