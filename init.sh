@@ -61,7 +61,7 @@ set_up_packages() {
         return
     fi
     say "packages: installing torch and the others; on Linux about 3 GB to download the first time, some minutes"
-    local install=("$python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt)
+    local install=("$python" -m pip install -qq --disable-pip-version-check --constraint constraints.txt)
     local advice="packages: pip failed, see above; is the network there, and 10 GB of disk?"
     "${install[@]}" setuptools wheel || fail "$advice"
     # Without isolation, so that nothing is downloaded twice; the native operators are built in a step of their own.
