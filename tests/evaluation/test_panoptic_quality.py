@@ -201,8 +201,8 @@ def without_small(truth):
 
 RULES = {
     "identity": lambda truth, categories: as_prediction(truth),
-    "shift_right_8": lambda truth, categories: as_prediction(truth, shifted(as_prediction(truth).segment_map, 8)),
-    "shift_right_32": lambda truth, categories: as_prediction(truth, shifted(as_prediction(truth).segment_map, 32)),
+    "shift_right_8": lambda truth, categories: as_prediction(truth, shifted(truth.segment_map, 8)),
+    "shift_right_32": lambda truth, categories: as_prediction(truth, shifted(truth.segment_map, 32)),
     "drop_area_below_2000": lambda truth, categories: without_small(truth),
     "merge_things_per_class": merged_things,
     "second_segments_to_person": second_to_person,

@@ -24,11 +24,8 @@ class Overlaps:
     """How many pixels the segments of two H×W maps share; areas come from the maps alone."""
 
     def __init__(self, truth_map: NDArray[np.int32], prediction_map: NDArray[np.int32]) -> None:
-        pairs = ((truth_map.astype(np.int64) << 32) | prediction_map).ravel()
-        # Neighbours mostly share both ids: counting whole runs leaves a few thousand elements to sort.
-        starts = np.flatnonzero(np.diff(pairs, prepend=~pairs[:1]))
-        keys, run_of = np.unique(pairs[starts], return_inverse=True)
-        counts = np.bincount(run_of, weights=np.diff(starts, append=pairs.size)).astype(np.int64)
+        pairs = (truth_map.astype(np.int64) << 32) | prediction_map
+        keys, counts = np.unique(pairs.ravel(), return_counts=True)
         truth_ids, prediction_ids = (keys >> 32).tolist(), (keys & 0xFFFFFFFF).tolist()
         self.pixels = dict(zip(zip(truth_ids, prediction_ids, strict=True), counts.tolist(), strict=True))
         self.truth_area: Counter[int] = Counter()

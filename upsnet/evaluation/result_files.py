@@ -1,11 +1,11 @@
 """The result folder of a test: written photo by photo, read back for `--eval_only`.
 
-    panoptic/*.png   panoptic.json      COCO panoptic format, for the official tools
-    semantic/*.png                      semantic ids (0..S-1, stuff first): 8-bit, no label = 255; from 256 classes on
-                                        16-bit, no label = 65535
-    bbox_results.json  segm_results.json    COCO results (`InstanceAP` writes them)
-    index.json                          images, parts and class table; written last: it marks the folder complete
-    summary.json                        the scores
+* panoptic/*.png, panoptic.json: COCO panoptic format, for the official tools.
+* semantic/*.png: semantic ids (0..S-1, stuff first), 8-bit with no label = 255; from 256 classes on 16-bit with no
+  label = 65535.
+* bbox_results.json, segm_results.json: COCO results, written by `InstanceAP`.
+* index.json: images, parts and class table; written last, it marks the folder complete.
+* summary.json: the scores.
 """
 
 import json
