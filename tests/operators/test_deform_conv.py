@@ -1,0 +1,281 @@
+"""Deformable convolution: against the loops and torchvision; promises about threads, layouts and errors."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from tests.reference.deform_conv import deform_conv2d as twin
+from upsnet.operators import deform_conv2d, library
+
+needs_native = pytest.mark.skipif(not library.native_in_use(), reason=library.NOT_IN_USE_BECAUSE)
+FORMATS = (torch.contiguous_format, torch.channels_last)
+VARIANTS = ("generic", "avx2", "avx512")
+
+# images, channels, height, width, outputs, kernel, stride, padding, dilation, offset groups, mask
+SHAPES = [
+    (1, 4, 5, 6, 3, (3, 3), (1, 1), (1, 1), (1, 1), 1, False),
+    (2, 6, 7, 5, 5, (3, 3), (2, 1), (1, 2), (1, 2), 2, True),
+    (1, 1, 1, 1, 1, (1, 1), (1, 1), (0, 0), (1, 1), 1, False),
+    (3, 2, 1, 4, 7, (1, 3), (1, 1), (0, 1), (1, 1), 1, True),
+    (2, 3, 4, 3, 2, (2, 2), (1, 2), (0, 1), (2, 1), 3, False),
+]
+BIG_SHAPES = [
+    (2, 37, 13, 18, 45, (3, 3), (1, 1), (1, 1), (1, 1), 1, False),
+    (8, 64, 6, 8, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1, True),
+    (1, 48, 40, 130, 33, (3, 3), (2, 2), (2, 2), (2, 2), 4, True),
+    (1, 130, 9, 31, 129, (3, 3), (1, 1), (1, 1), (1, 1), 1, False),
+]
+
+
+def make_case(shape, kind="random", dtype=torch.float32, seed=0):
+    """Arguments of a call; `kind` says what the offsets are like."""
+    images, channels, height, width, outputs, kernel, stride, padding, dilation, groups, with_mask = shape
+    draw = torch.Generator().manual_seed(seed)
+    size = [
+        (length + 2 * p - d * (k - 1) - 1) // s + 1
+        for length, p, d, k, s in zip((height, width), padding, dilation, kernel, stride, strict=True)
+    ]
+    taps = kernel[0] * kernel[1]
+    offset = torch.randn(images, 2 * taps * groups, *size, generator=draw, dtype=dtype)
+    offset = {
+        "random": lambda: offset * 2,
+        "integers": lambda: (offset * 2).round(),
+        "zero": lambda: offset * 0,
+        "far": lambda: offset * 1e6,
+        "huge": lambda: offset.sign() * 1e30,
+        "halves": lambda: (offset * 4).round() / 2,
+    }[kind]()
+    mask = torch.rand(images, taps * groups, *size, generator=draw, dtype=dtype) if with_mask else None
+    arguments = {
+        "input": torch.randn(images, channels, height, width, generator=draw, dtype=dtype),
+        "offset": offset,
+        "weight": torch.randn(outputs, channels, *kernel, generator=draw, dtype=dtype),
+        "bias": torch.randn(outputs, generator=draw, dtype=dtype),
+        "mask": mask,
+    }
+    return arguments, {"stride": stride, "padding": padding, "dilation": dilation}
+
+
+def with_gradients(function, arguments, options, seed=1):
+    leaves = {name: None if t is None else t.detach().requires_grad_() for name, t in arguments.items()}
+    output = function(**leaves, **options)
+    output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=output.dtype))
+    return [output.detach(), *(leaf.grad for leaf in leaves.values() if leaf is not None)]
+
+
+def assert_all_close(ours, theirs, tolerance=1e-5):
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * max(1.0, b.abs().max().item() if b.numel() else 1.0))
+
+
+@pytest.mark.parametrize("kind", ["random", "integers", "zero", "far", "huge", "halves"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_loops(shape, kind):
+    arguments, options = make_case(shape, kind)
+    expected = twin(**{k: None if t is None else t.double().numpy() for k, t in arguments.items()}, **options)
+    ours = deform_conv2d(**arguments, **options)
+    np.testing.assert_allclose(ours.numpy(), expected, atol=1e-5 * max(1, np.abs(expected).max()))
+
+
+@needs_native
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("kind", ["random", "integers", "far"])
+@pytest.mark.parametrize("shape", SHAPES + BIG_SHAPES)
+def test_values_and_gradients_are_torchvisions(shape, kind, memory_format, variant, monkeypatch):
+    monkeypatch.setenv("UPSNET_NATIVE_CPU", variant)
+    arguments, options = make_case(shape, kind)
+    arguments["input"] = arguments["input"].contiguous(memory_format=memory_format)
+    ours = with_gradients(deform_conv2d, arguments, options)
+    assert_all_close(ours, with_gradients(torchvision.ops.deform_conv2d, arguments, options))
+    assert ours[0].is_contiguous(memory_format=memory_format)
+
+
+def test_fixture_of_the_original(shared):
+    for config in ("resnet50_coco_16gpu", "resnet50_cityscapes_16gpu"):
+        data = np.load(shared(f"reference/oracle_fixtures/units_{config}.npz"))
+        get = {k.split("::")[-1]: torch.from_numpy(data[k]) for k in data.files if k.startswith("deform_layer")}
+        offset = torch.nn.functional.conv2d(get["x"], get["conv_offset.weight"], get["conv_offset.bias"], padding=1)
+        ours = deform_conv2d(get["x"], offset, get["conv.weight"], get["conv.bias"], padding=1)
+        assert_all_close([ours], [get["y"]])
+
+
+@needs_native
+@pytest.mark.parametrize("kind", ["random", "far"])
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3]])
+def test_gradients_in_double(shape, kind):
+    arguments, options = make_case(shape, kind, torch.float64)
+    leaves = [None if t is None else t.requires_grad_() for t in arguments.values()]
+
+    def call(input, offset, weight, bias, mask):
+        return deform_conv2d(input, offset, weight, bias, mask=mask, **options)
+
+    assert torch.autograd.gradcheck(call, leaves, eps=1e-7, atol=1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("shape", BIG_SHAPES)
+def test_thread_count_changes_no_bit(shape):
+    arguments, options = make_case(shape)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(with_gradients(deform_conv2d, arguments, options))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_native
+def test_avx_variants_give_the_same_bits_forward(monkeypatch):
+    arguments, options = make_case(BIG_SHAPES[0])
+    results = []
+    for variant in ("avx2", "avx512"):
+        monkeypatch.setenv("UPSNET_NATIVE_CPU", variant)
+        results.append(deform_conv2d(**arguments, **options))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_views_and_mixed_layouts(memory_format):
+    arguments, options = make_case(BIG_SHAPES[1])
+    expected = with_gradients(torchvision.ops.deform_conv2d, arguments, options)
+    views = {name: spread(tensor, memory_format) for name, tensor in arguments.items()}
+    assert_all_close(with_gradients(deform_conv2d, views, options), expected)
+
+
+def spread(tensor, memory_format):
+    """The same values as a view with gaps between them."""
+    if tensor.dim() != 4:
+        return torch.stack([tensor, tensor], -1)[..., 0]
+    tensor = tensor.contiguous(memory_format=memory_format)
+    wide = torch.nn.functional.pad(tensor, (1, 2, 1, 1))[:, :, 1:-1, 1:-2]
+    assert not wide.is_contiguous() and torch.equal(wide, tensor)
+    return wide
+
+
+def test_output_gradient_in_any_layout():
+    arguments, options = make_case(BIG_SHAPES[0])
+    leaf = arguments["input"].clone().requires_grad_()
+
+    def gradient(change):
+        output = deform_conv2d(**{**arguments, "input": leaf}, **options)
+        upstream = change(torch.ones_like(output) * torch.arange(output.shape[-1]))
+        return torch.autograd.grad(output, leaf, upstream)[0]
+
+    expected = gradient(lambda g: g)
+    assert torch.equal(gradient(lambda g: g.contiguous(memory_format=torch.channels_last)), expected)
+    assert torch.equal(gradient(lambda g: g.mT.contiguous().mT), expected)
+    ones = gradient(torch.ones_like)
+    assert torch.equal(gradient(lambda g: torch.ones(()).expand(g.shape)), ones)  # strides 0, as sum() gives
+
+
+def test_empty_batch():
+    arguments, options = make_case(SHAPES[0])
+    arguments = {**arguments, "input": arguments["input"][:0], "offset": arguments["offset"][:0]}
+    output, *grads = with_gradients(deform_conv2d, arguments, options)
+    assert output.shape == (0, 3, 5, 6)
+    assert all((grad == 0).all() for grad in grads)
+
+
+@needs_native
+def test_damaged_offsets_stay_visible():
+    arguments, options = make_case(SHAPES[0])
+    arguments["offset"][0, 0, 2, 2] = float("nan")
+    bad = deform_conv2d(**arguments, **options).isnan()
+    assert bad[0, :, 2, 2].all() and bad.sum() == 3
+
+
+@needs_native
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_operator_checks_of_torch(memory_format):
+    arguments, options = make_case(SHAPES[1])
+    arguments["input"] = arguments["input"].contiguous(memory_format=memory_format)
+    leaves = [t.requires_grad_() for t in arguments.values()]
+    torch.library.opcheck(torch.ops.upsnet.deform_conv2d.default, (*leaves, *options.values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_computes_in_float32(dtype):
+    arguments, options = make_case(SHAPES[1])
+    halves = {name: tensor.to(dtype) for name, tensor in arguments.items()}
+    expected = deform_conv2d(**{name: tensor.float() for name, tensor in halves.items()}, **options).to(dtype)
+    assert torch.equal(deform_conv2d(**halves, **options), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = deform_conv2d(**{**arguments, "input": halves["input"]}, **options)
+    assert mixed.dtype == dtype
+    torch.testing.assert_close(mixed, expected, rtol=0.05, atol=0.2)
+
+
+def test_weight_groups_go_to_torchvision():
+    arguments, options = make_case(SHAPES[0])
+    arguments["weight"] = arguments["weight"][:2, :2]
+    arguments["bias"] = arguments["bias"][:2]
+    expected = torchvision.ops.deform_conv2d(**arguments, **options)
+    assert torch.equal(deform_conv2d(**arguments, **options), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"input": torch.zeros(4, 5, 6)}, "input"),
+        ({"offset": torch.zeros(1, 17, 5, 6)}, "offset"),
+        ({"offset": torch.zeros(1, 18, 5, 7)}, "offset"),
+        ({"offset": torch.zeros(2, 18, 5, 6)}, "offset"),
+        ({"weight": torch.zeros(3, 5, 3, 3)}, "weight"),
+        ({"bias": torch.zeros(4)}, "bias"),
+        ({"mask": torch.zeros(1, 8, 5, 6)}, "mask"),
+        ({"stride": 0}, "stride"),
+        ({"padding": -1}, "padding"),
+        ({"input": torch.zeros(1, 4, 0, 6)}, "input"),
+    ],
+)
+def test_wrong_shapes_are_refused_by_name(change, word):
+    arguments, options = make_case(SHAPES[0])
+    with pytest.raises(ValueError, match=word):
+        deform_conv2d(**{**arguments, **options, **change})
+
+
+def test_switched_off_gives_the_same_numbers(tmp_path):
+    """A process without the library: torchvision serves, says so, and agrees."""
+    arguments, options = make_case(BIG_SHAPES[0])
+    torch.save((arguments, options), tmp_path / "case.pt")
+    script = (
+        "import sys, torch; from upsnet.operators import deform_conv2d, describe\n"
+        "a, o = torch.load(sys.argv[1] + '/case.pt')\n"
+        "torch.save(deform_conv2d(**a, **o), sys.argv[1] + '/out.pt'); print(describe())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        env={"PYTHONPATH": str(Path(__file__).parents[2]), "UPSNET_NATIVE": "0", "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "not in use" in done.stdout and "UPSNET_NATIVE=0" in done.stdout
+    assert_all_close([torch.load(tmp_path / "out.pt")], [deform_conv2d(**arguments, **options)])
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a library"])
+def test_missing_or_broken_library_steps_aside(content, tmp_path, monkeypatch):
+    module = importlib.import_module("upsnet.operators.library")
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "library.py"))
+    monkeypatch.delenv("UPSNET_NATIVE", raising=False)
+    if content is not None:
+        (tmp_path / "_native.abi3.so").write_bytes(content)
+    reason = module._load()
+    assert ("not built" if content is None else "does not load") in reason
+    monkeypatch.setattr(module, "NOT_IN_USE_BECAUSE", reason)
+    assert not module.covers_nms(torch.zeros(1, 4)) and reason in module.describe()
+    arguments, options = make_case(SHAPES[0])
+    assert torch.equal(deform_conv2d(**arguments, **options), torchvision.ops.deform_conv2d(**arguments, **options))
