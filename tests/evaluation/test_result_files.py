@@ -89,9 +89,10 @@ def test_many_segments_and_many_classes(tmp_path):
     assert np.array_equal(again.segment_map, ids) and np.array_equal(again.semantic_map, semantic)
 
 
-def test_only_a_semantic_map(tmp_path):
-    categories = Categories([Category(i, str(i), False, (0, 0, 0)) for i in range(255)])
-    semantic = np.asarray([[0, 254, -1]], dtype=np.int16)
+@pytest.mark.parametrize("num_classes", [255, 256])
+def test_only_a_semantic_map(tmp_path, num_classes):
+    categories = Categories([Category(i, str(i), False, (0, 0, 0)) for i in range(num_classes)])
+    semantic = np.asarray([[0, num_classes - 1, -1]], dtype=np.int16)
     with ResultWriter(tmp_path, categories) as writer:
         writer.add(Prediction(1, "a.jpg", semantic_map=semantic))
     (again,) = read_results(tmp_path, categories)
