@@ -41,7 +41,6 @@ class CocoPanoptic(Dataset[Sample]):
         skip_without_things: bool = False,
         limit: int | None = None,
         min_area: float = -1,
-        whole_canvas: bool = False,
     ) -> None:
         """Args:
             image_sets: the files; see `coco_image_sets`.
@@ -50,14 +49,13 @@ class CocoPanoptic(Dataset[Sample]):
             skip_without_things: leave out photos without a single usable thing, as training does.
             limit: only the first photos, in ascending image id, counted before any is left out.
             min_area: instances with a smaller area in the instances json are no targets.
-            whole_canvas: see `quarter_masks`.
 
         Raises:
             DataError: files are missing or broken, contradict each other, or no photo is left.
         """
         files = [image_sets] if isinstance(image_sets, ImageSet) else list(image_sets)
         self.transform, self.targets, self.flip_copies = transform, targets, flip_copies
-        self._min_area, self._whole_canvas = min_area, whole_canvas
+        self._min_area = min_area
         self._sets = [AnnotatedSet(each) for each in files]
         self.categories: Categories = self._sets[0].categories
         _check_together(self._sets)
@@ -148,7 +146,7 @@ class CocoPanoptic(Dataset[Sample]):
             semantic_map = np.ascontiguousarray(semantic_map[:, ::-1])
             instances = _mirrored(instances, width)
         size = scaled_size(height, width, scale)
-        planes = quarter_masks(instances.without_crowd().masks, size, scale, self._whole_canvas)
+        planes = quarter_masks(instances.without_crowd().masks, size, scale)
         return Targets(
             instances=instances,
             semantic=torch.from_numpy(resize_labels(semantic_map, scale)),

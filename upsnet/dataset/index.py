@@ -111,7 +111,8 @@ def _read_image(path: Path, record: Any, images: dict[str, list[Any]]) -> None:
 def _read_annotation(
     path: Path, record: Any, annotations: dict[str, list[Any]], segments: dict[str, "array[int]"]
 ) -> None:
-    where = f"{path}: the annotation of image {record.get('image_id', '?') if isinstance(record, dict) else '?'}"
+    known = record if isinstance(record, dict) else {}
+    where = f"{path}: the annotation of image {known.get('image_id', '?')}"
     segment: Any = None
     try:
         image_id, png_name, infos = int(record["image_id"]), str(record["file_name"]), record["segments_info"]

@@ -116,7 +116,8 @@ def read_instances(path: Path, categories: Categories, images: PanopticIndex) ->
 
 
 def _read(path: Path, record: Any, columns: _Columns) -> None:
-    where = f"{path}: annotation {record.get('id', '?') if isinstance(record, dict) else record}"
+    known = record if isinstance(record, dict) else {}
+    where = f"{path}: annotation {known.get('id', '?')} of image {known.get('image_id', '?')}"
     try:
         ids = int(record["image_id"]), int(record["id"]), int(record["category_id"])
         numbers = [float(value) for value in (*record["bbox"], record["area"])]

@@ -59,6 +59,15 @@ class Transform:
         """H×W×3 uint8 RGB photo → 3×h×w float32 network input, without padding."""
         return resize_photo(normalize(photo, self.pixel_means, self.use_caffe_model), scale)
 
+    def picture(self, image: Tensor) -> NDArray[np.uint8]:
+        """What the network sees as a picture: 3×h×w network input → h×w×3 uint8 RGB."""
+        bgr = image.permute(1, 2, 0).numpy()
+        if self.use_caffe_model:
+            values = bgr + np.asarray(self.pixel_means, np.float32)
+        else:
+            values = (bgr * np.array(_TORCHVISION_DEVIATIONS) + np.array(_TORCHVISION_MEANS)) * 255
+        return np.ascontiguousarray(values[..., ::-1].round().clip(0, 255).astype(np.uint8))
+
 
 def network_scale(height: int, width: int, short_side: int, max_size: int) -> float:
     """The factor that brings the short side to `short_side`, unless the long side would then exceed `max_size`."""
@@ -106,7 +115,7 @@ def resize_labels(labels: NDArray[np.int16], scale: float) -> NDArray[np.int16]:
     return np.asarray(cv2.resize(labels, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST), dtype=np.int16)
 
 
-def quarter_masks(masks: Masks, size: tuple[int, int], scale: float, whole_canvas: bool = False) -> NDArray[np.bool_]:
+def quarter_masks(masks: Masks, size: tuple[int, int], scale: float) -> NDArray[np.bool_]:
     """Instance masks at a quarter of the network's resolution: n×round(h/4)×round(w/4).
 
     As in the original a mask is drawn on a canvas of the photo's size as computed back from the network's, brought to
@@ -114,10 +123,8 @@ def quarter_masks(masks: Masks, size: tuple[int, int], scale: float, whole_canva
 
     Args:
         size: height and width (h, w) at network scale. scale: network pixels per photo pixel.
-        whole_canvas: cut the canvas off to whole pixels instead of rounding it (the original on Cityscapes).
     """
-    to_pixels = int if whole_canvas else round
-    height, width = to_pixels(size[0] / scale), to_pixels(size[1] / scale)
+    height, width = round(size[0] / scale), round(size[1] / scale)
     rows, columns = _quarter_positions(height, scale), _quarter_positions(width, scale)
     # Only the pixels that survive both steps are looked up; no mask is resized.
     planes = [mask.draw(height, width)[rows[:, None], columns] for mask in masks]

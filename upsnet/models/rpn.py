@@ -19,18 +19,16 @@ SIGMA = 3.0
 
 @dataclass(frozen=True)
 class ProposalOptions:
-    """How raw anchors become proposals.
+    """How raw anchors become proposals; each level is suppressed on its own.
 
-    pre_nms, post_nms: how many boxes enter and leave the suppression, each for one level and at the end for all.
+    pre_nms, post_nms: how many boxes enter and leave the suppression of a level; post_nms also bounds them all.
     min_size: proposals with a smaller side, in pixels of the original photo, are dropped.
-    per_level: suppress each level on its own; False: all levels together.
     """
 
     nms_threshold: float = 0.7
     pre_nms: int = 1000
     post_nms: int = 1000
     min_size: float = 0.0
-    per_level: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +96,8 @@ def propose(
         size: height and width without padding; boxes are cut to it.
         scale: network pixels per photo pixel, for `min_size`.
     """
-    logits, deltas = output.of_image(image)
-    anchors = output.anchors
-    if not options.per_level:
-        logits, deltas, anchors = [torch.cat(logits)], [torch.cat(deltas)], [torch.cat(anchors)]
     boxes, scores = [], []
-    for level_logits, level_deltas, level_anchors in zip(logits, deltas, anchors, strict=True):
+    for level_logits, level_deltas, level_anchors in zip(*output.of_image(image), output.anchors, strict=True):
         level_scores, best = level_logits.sigmoid().topk(min(options.pre_nms, len(level_logits)))
         level_boxes = clip(decode(level_anchors[best], level_deltas[best]), size)
         if options.min_size > 0:

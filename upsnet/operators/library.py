@@ -31,7 +31,7 @@ def _load() -> str:
         return "switched off by UPSNET_NATIVE=0"
     path = _find_library()
     if path is None:
-        return "not built (python setup.py build_ext --inplace builds it)"
+        return "not built; `python setup.py build_ext --inplace` builds it"
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:  # damaged file, missing symbol; operators that torch refuses

@@ -1,0 +1,168 @@
+"""The command `upsnet`: arguments in, one call down, errors out as one sentence."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from upsnet.structures.errors import UserError
+
+USER_ERROR, INTERRUPTED = 2, 130
+"""Exit codes: something that the user can mend (argparse uses the same), and Ctrl-C."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns the exit code."""
+    return run(_parser(), arguments)
+
+
+def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
+    """Parses and runs; `action` in the parsed arguments is what runs."""
+    options = parser.parse_args(arguments)
+    try:
+        options.action(options)
+    except UserError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def training_parser(prog: str) -> argparse.ArgumentParser:
+    """The parser of `upsnet_end2end_train.py`."""
+    parser = argparse.ArgumentParser(prog=prog, description="Train a recipe.")
+    _add_training(parser)
+    return parser
+
+
+def testing_parser(prog: str) -> argparse.ArgumentParser:
+    """The parser of `upsnet_end2end_test.py`."""
+    parser = argparse.ArgumentParser(prog=prog, description="Test trained weights and score the results.")
+    _add_testing(parser)
+    return parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="upsnet", description="Panoptic segmentation: train, test, predict, score.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, fill: Callable[[argparse.ArgumentParser], None], text: str) -> None:
+        fill(commands.add_parser(name, help=text, description=text))
+
+    add("train", _add_training, "train a recipe")
+    add("test", _add_testing, "test trained weights and score the results")
+    add("predict", _add_predict, "segment photos")
+    add("evaluate", _add_evaluate, "score COCO panoptic files; PNG folders lie beside the json files")
+    add("report", _add_report, "write a page with scores, curves and a gallery of a tested recipe")
+    add("shapes", _add_shapes, "write the synthetic data set")
+    add("demo", _add_demo, "make shapes, train on it, test, write the report")
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cfg", required=True, metavar="YAML", help="a recipe: yaml file, or name of a shipped one")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. train.lr=0.005 test.scales=[480]"
+    )
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    _add_recipe(parser)
+    # The original has one parser for both scripts, so command lines may carry these to a training.
+    parser.add_argument("--weight_path", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--eval_only", action="store_true", help=argparse.SUPPRESS)
+    parser.set_defaults(action=_train)
+
+
+def _add_testing(parser: argparse.ArgumentParser) -> None:
+    _add_recipe(parser)
+    parser.add_argument(
+        "--weight_path", default="", metavar="FILE", help="weights; default: the recipe's last snapshot"
+    )
+    parser.add_argument("--eval_only", action="store_true", help="score the results that an earlier test stored")
+    parser.set_defaults(action=_test)
+
+
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cfg", required=True, metavar="YAML", help="a recipe: yaml file, or name of a shipped one")
+    parser.add_argument("--weight_path", required=True, metavar="FILE", help="weights")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the results")
+    parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="photos")
+    parser.set_defaults(action=_predict)
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pred", required=True, type=Path, metavar="JSON", help="predictions")
+    parser.add_argument("--gt", required=True, type=Path, metavar="JSON", help="ground truth")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="where to write the summary")
+    parser.set_defaults(action=_evaluate)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    _add_recipe(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: `report` beside the results")
+    parser.set_defaults(action=_report)
+
+
+def _add_shapes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the data set")
+    parser.add_argument("--train", type=int, default=1500, metavar="N", help="training images, default 1500")
+    parser.add_argument("--val", type=int, default=100, metavar="N", help="validation images, default 100")
+    parser.add_argument("--seed", type=int, default=1, metavar="S", help="default 1")
+    parser.set_defaults(action=_shapes)
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(action=_demo)
+
+
+# The commands are imported when one runs, so that `--help` does not wait for torch.
+
+
+def _train(options: argparse.Namespace) -> None:
+    from upsnet import commands
+    from upsnet.config import load_recipe
+
+    commands.train(load_recipe(options.cfg, options.overrides))
+
+
+def _test(options: argparse.Namespace) -> None:
+    from upsnet import commands
+    from upsnet.config import load_recipe
+
+    weights = Path(options.weight_path) if options.weight_path else None
+    commands.test(load_recipe(options.cfg, options.overrides), weights, options.eval_only)
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from upsnet import commands
+    from upsnet.config import load_recipe
+
+    commands.predict(load_recipe(options.cfg), Path(options.weight_path), options.photos, options.out)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from upsnet import commands
+
+    commands.evaluate(options.pred, options.gt, options.out)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from upsnet import commands
+    from upsnet.config import load_recipe
+
+    commands.report(load_recipe(options.cfg, options.overrides), options.out)
+
+
+def _shapes(options: argparse.Namespace) -> None:
+    from upsnet import commands
+
+    commands.shapes(options.out, options.train, options.val, options.seed)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from upsnet import commands
+
+    commands.demo()

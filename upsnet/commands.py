@@ -1,0 +1,345 @@
+"""One function a command: recipe → builders → engine → files. The only room that knows all others."""
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from tqdm import tqdm
+
+from upsnet import builders
+from upsnet.checkpoints.resnet import load_pretrained
+from upsnet.config import Recipe, dump_recipe, load_recipe, paths
+from upsnet.dataset.coco_panoptic import CocoPanoptic
+from upsnet.dataset.shapes import write_shapes
+from upsnet.engine.inference_loop import Evaluator, predict_batches, run_test
+from upsnet.engine.log import TrainingLog, logging_to
+from upsnet.engine.options import TrainOptions
+from upsnet.engine.places import writing
+from upsnet.engine.snapshots import ResumeState, Snapshots, resume
+from upsnet.engine.train import train as run_training
+from upsnet.evaluation.coco_files import evaluate_files
+from upsnet.evaluation.error_analysis import ErrorAnalysis
+from upsnet.evaluation.instance_ap import InstanceAP
+from upsnet.evaluation.json_files import read_json
+from upsnet.evaluation.panoptic_quality import PanopticQuality, match_segments, quality_of
+from upsnet.evaluation.result_files import ResultWriter, read_results, write_summary
+from upsnet.evaluation.semantic_iou import SemanticIoU
+from upsnet.evaluation.tables import summary_tables
+from upsnet.operators import describe
+from upsnet.predict import load_predictor, load_trained
+from upsnet.report import GalleryItem, write_report
+from upsnet.structures.errors import DataError
+from upsnet.structures.results import Prediction
+from upsnet.structures.sample import Batch
+from upsnet.visualize import draw_batch, draw_panoptic
+
+logger = logging.getLogger("upsnet")
+
+
+# -- train -------------------------------------------------------------------------------------------------------------
+
+
+def train(recipe: Recipe) -> Path:
+    """Trains a recipe and returns the path of the last snapshot's weights.
+
+    Raises:
+        UserError: the recipe, the data, the weights or the place to write to is at fault.
+    """
+    now = datetime.now()
+    folder = paths.training_folder(recipe)
+    with logging_to(paths.log_file(recipe, folder, now)):
+        device = builders.choose_device(recipe)
+        dataset = builders.build_training_set(recipe)
+        network = builders.build_network(recipe, dataset.categories).to(device)
+        optimizer = builders.build_optimizer_of(recipe, network)
+        options = builders.engine_options(recipe, len(dataset))
+        _say_where_we_run(recipe, device)
+        start = _starting_point(recipe, network, optimizer)
+        _say_what_is_trained(recipe, dataset, network, options)
+        snapshots = Snapshots(folder, recipe.model_prefix, dataset.categories, dump_recipe(recipe))
+        validation = None
+        if recipe.train.eval_data:
+            validation = builders.build_test_loader(recipe, builders.build_test_set(recipe, targets=True))
+        begin = start.iteration if start else 0
+        tensorboard = paths.tensorboard_folder(recipe, now)
+        with TrainingLog(folder / "metrics.jsonl", tensorboard, begin) as log:
+            run_training(
+                network,
+                builders.build_training_loader(recipe, dataset, begin),
+                optimizer,
+                options,
+                snapshots,
+                log,
+                start,
+                validation,
+                on_first_batch=lambda batch: _draw_first_batch(batch, dataset, folder),
+            )
+        return snapshots.path(options.max_iteration)
+
+
+def _say_where_we_run(recipe: Recipe, device: torch.device) -> None:
+    logger.info("running on %s; %s", builders.device_name(device), describe())
+    if recipe.train.use_horovod:
+        logger.info("train.use_horovod is true, but this is a plain launch: one worker")
+    elif len(recipe.gpus.split(",")) > 1:
+        logger.info("gpus lists several devices, but this is a plain launch: one worker")
+    if recipe.train.total_batch is None and recipe.train.compat == "original":
+        logger.info("train.total_batch is not set: an optimiser step sees train.batch_size images")
+
+
+def _starting_point(recipe: Recipe, network: nn.Module, optimizer: torch.optim.Optimizer) -> ResumeState | None:
+    """Puts weights into the network: those of the snapshot that is resumed, else the pretrained ones, if any."""
+    if recipe.train.resume:
+        start = resume(paths.snapshot_file(recipe, recipe.train.begin_iteration), network, optimizer)
+        logger.info("resuming after step %d", start.iteration)
+        return start
+    if recipe.network.pretrained is not None:
+        report = load_pretrained(network, Path(recipe.network.pretrained))
+        logger.info("%s: %d tensors loaded", recipe.network.pretrained, len(report.loaded))
+        for what, names in (("not used", report.left_out), ("of another shape", list(report.other_shape))):
+            if names:
+                logger.info("%s: %s: %s", recipe.network.pretrained, what, ", ".join(names))
+    return None
+
+
+def _say_what_is_trained(recipe: Recipe, dataset: CocoPanoptic, network: nn.Module, options: TrainOptions) -> None:
+    logger.info(
+        "data: %d images (%d entries with mirrored copies) of %s, %d thing and %d stuff classes",
+        dataset.num_photos,
+        len(dataset),
+        recipe.dataset.dataset_path,
+        dataset.categories.num_things,
+        dataset.categories.num_stuff,
+    )
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    logger.info("parameters: %.2f of %.2f million are trained", trained / 1e6, _count_parameters(network) / 1e6)
+    logger.info("losses: %s", ", ".join(f"{weight:g} {name}" for name, weight in options.loss_weights.items()))
+    batch_size = recipe.train.batch_size
+    logger.info(
+        "total batch %d = 1 worker × %d images × %d micro-batches; %d steps an epoch, %d steps in all",
+        batch_size * options.accumulation,
+        batch_size,
+        options.accumulation,
+        options.steps_per_epoch,
+        options.max_iteration,
+    )
+
+
+def _count_parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def _draw_first_batch(batch: Batch, dataset: CocoPanoptic, folder: Path) -> None:
+    assert dataset.transform is not None
+    path = folder / "first_batch.png"
+    write_picture(path, draw_batch(batch, dataset.categories, dataset.transform.picture))
+    logger.info("the first batch as the network sees it: %s", path)
+
+
+# -- test --------------------------------------------------------------------------------------------------------------
+
+
+def test(recipe: Recipe, weights: Path | None = None, eval_only: bool = False) -> dict[str, Any]:
+    """Tests weights on the recipe's test images: stores the results, scores them, prints the tables.
+
+    Args:
+        weights: default: the recipe's own last snapshot.
+        eval_only: score what an earlier test stored; no weights are read.
+
+    Returns:
+        The content of `results/summary.json`; empty with `test.vis_mask`, which draws pictures and scores nothing.
+
+    Raises:
+        UserError: the recipe, the data, the weights, the stored results or the place to write to is at fault.
+    """
+    folder = paths.results_folder(recipe)
+    with logging_to(paths.log_file(recipe, paths.testing_folder(recipe), datetime.now())):
+        dataset = builders.build_test_set(recipe)
+        if eval_only:
+            predictions: Iterable[Prediction] = read_results(folder, dataset.categories)
+        else:
+            predictions = _fresh_predictions(recipe, dataset, weights or paths.default_weights(recipe))
+        if recipe.test.vis_mask:
+            run_test(predictions, dataset.image_ids.tolist(), writer=_PictureWriter(folder / "vis", dataset))
+            return {}
+        summary = _score(predictions, dataset, folder, store=not eval_only)
+        path = write_summary(folder, summary)
+        print(summary_tables(summary))
+        logger.info("scores: %s", path)
+        return summary
+
+
+def _fresh_predictions(recipe: Recipe, dataset: CocoPanoptic, weights: Path) -> Iterator[Prediction]:
+    device = builders.choose_device(recipe)
+    network = builders.build_network(recipe, dataset.categories)
+    load_trained(network, weights, dataset.categories)
+    logger.info("testing %s on %s; %s", weights, builders.device_name(device), describe())
+    loader = builders.build_test_loader(recipe, dataset)
+    return predict_batches(network.to(device), loader, recipe.test.precision)
+
+
+def _score(predictions: Iterable[Prediction], dataset: CocoPanoptic, folder: Path, store: bool) -> dict[str, Any]:
+    position = {image_id: i for i, image_id in enumerate(dataset.image_ids.tolist())}
+    instances = InstanceAP(dataset.categories, folder)
+    evaluators: dict[str, Evaluator] = {
+        "panoptic": PanopticQuality(dataset.categories),
+        "instances": instances,
+        "semantic": SemanticIoU(dataset.categories),
+    }
+    try:
+        with ResultWriter(folder, dataset.categories) if store else nullcontext() as writer:
+            parts = run_test(predictions, position, lambda i: dataset.truth(position[i]), evaluators, writer)
+    except BaseException:
+        instances.discard()
+        raise
+    return {"panoptic": parts["panoptic"], **parts["instances"], "semantic": parts["semantic"]}
+
+
+class _PictureWriter:
+    """Draws predictions instead of storing them."""
+
+    def __init__(self, folder: Path, dataset: CocoPanoptic) -> None:
+        self._folder, self._dataset = folder, dataset
+        self._position = {image_id: i for i, image_id in enumerate(dataset.image_ids.tolist())}
+
+    def add(self, prediction: Prediction) -> None:
+        assert prediction.segment_map is not None
+        photo = self._dataset.photo(self._position[prediction.image_id])
+        picture = draw_panoptic(photo, prediction.segment_map, prediction.segments, self._dataset.categories)
+        write_picture(self._folder / f"{Path(prediction.file_name).stem}.png", picture)
+
+
+# -- report ------------------------------------------------------------------------------------------------------------
+
+GALLERY_SIZE = 24
+"""Photos in the gallery: the worst half of them, and as many taken evenly from all others."""
+
+
+def report(recipe: Recipe, folder: Path | None = None) -> Path:
+    """Writes the report of a trained and tested recipe: one page with scores, curves and a gallery.
+
+    Args:
+        folder: where to; default: `report` beside the results.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UserError: there are no stored results, or they do not fit the data.
+    """
+    results = paths.results_folder(recipe)
+    folder = folder or results.parent / "report"
+    dataset = builders.build_test_set(recipe)
+    analysis = ErrorAnalysis(dataset.categories)
+    position = {image_id: i for i, image_id in enumerate(dataset.image_ids.tolist())}
+    qualities: dict[int, float] = {}
+    for prediction in tqdm(read_results(results, dataset.categories), "report", len(position), unit="image"):
+        truth = dataset.truth(position[prediction.image_id])
+        matching = match_segments(prediction, truth, dataset.categories)
+        analysis.add(prediction, truth, matching)
+        qualities[prediction.image_id] = quality_of(matching)
+    shown = _choose_for_gallery(qualities, GALLERY_SIZE)
+    gallery = [
+        _gallery_item(dataset, position[prediction.image_id], prediction)
+        for prediction in read_results(results, dataset.categories)
+        if prediction.image_id in shown
+    ]
+    metrics = paths.training_folder(recipe) / "metrics.jsonl"
+    page = write_report(
+        folder,
+        title=recipe.name,
+        subtitle=f"{len(qualities)} images of {recipe.dataset.test_image_set}, {recipe.dataset.dataset_path}",
+        categories=dataset.categories,
+        summary=read_json(results / "summary.json"),
+        error_summary=analysis.summary(),
+        history=[json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else [],
+        gallery=gallery,
+    )
+    print(f"report: {page}")
+    return page
+
+
+def _choose_for_gallery(qualities: dict[int, float], count: int) -> set[int]:
+    """The worst images and some of all the others, by image id."""
+    ordered = sorted(qualities, key=lambda image_id: (qualities[image_id], image_id))
+    worst, rest = ordered[: count // 2], ordered[count // 2 :]
+    step = max(len(rest) // (count - count // 2), 1)
+    return {*worst, *rest[::-step][: count - count // 2]}
+
+
+def _gallery_item(dataset: CocoPanoptic, i: int, prediction: Prediction) -> GalleryItem:
+    truth = dataset.truth(i)
+    matching = match_segments(prediction, truth, dataset.categories)
+    causes = ErrorAnalysis(dataset.categories).add(prediction, truth, matching)
+    return GalleryItem(dataset.photo(i), truth, prediction, matching, quality_of(matching), causes)
+
+
+# -- the rest ----------------------------------------------------------------------------------------------------------
+
+
+def predict(recipe: Recipe, weights: Path, photos: Sequence[Path], out: Path) -> None:
+    """Predicts photos: for each, a panoptic PNG, its json and a picture, named like the photo.
+
+    Raises:
+        UserError: weights or a photo cannot be used, two photos have the same name, or `out` cannot be written.
+    """
+    names = [photo.stem for photo in photos]
+    if doubled := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"two photos are called '{doubled}': their results would overwrite each other, rename one")
+    predictor = load_predictor(recipe, weights)
+    for photo in tqdm(photos, "predict", unit="photo"):
+        result = predictor.predict(photo)
+        result.save(out / photo.stem)
+        write_picture(out / f"{photo.stem}_drawn.png", result.draw())
+    print(f"{len(photos)} results in {out}")
+
+
+def evaluate(prediction_json: Path, truth_json: Path, out: Path | None = None) -> dict[str, Any]:
+    """Scores COCO panoptic files, prints the table and, with `out`, writes the summary."""
+    summary = evaluate_files(prediction_json, truth_json, out)
+    print(summary_tables(summary, per_class=True))
+    return summary
+
+
+def shapes(out: Path, train: int, val: int, seed: int) -> None:
+    """Writes the synthetic data set, see `write_shapes`."""
+    write_shapes(out, train, val, seed)
+    print(f"{train} + {val} images in {out}")
+
+
+DEMO_RECIPE = "upsnet_resnet18_shapes"
+DEMO_TRAIN, DEMO_VAL, DEMO_SEED = 1500, 100, 1
+
+
+def demo() -> Path:
+    """The whole road: makes `shapes`, trains on it, tests on images never seen, writes the report."""
+    began = time.monotonic()
+    recipe = load_recipe(DEMO_RECIPE)
+    write_shapes(Path(recipe.dataset.dataset_path), DEMO_TRAIN, DEMO_VAL, DEMO_SEED)
+    weights = train(recipe)
+    test(recipe, weights)
+    page = report(recipe)
+    minutes = (time.monotonic() - began) / 60
+    print(f"the demo took {minutes:.1f} minutes; open {page} in a browser")
+    return page
+
+
+def write_picture(path: Path, picture: NDArray[np.uint8]) -> None:
+    """Writes an RGB picture as PNG.
+
+    Raises:
+        PlaceError: it cannot be written.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(cv2.imencode(".png", picture[..., ::-1])[1].tobytes())

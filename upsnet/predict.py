@@ -1,0 +1,262 @@
+"""Photo in, panoptic result out: what a program that uses UPSNet wants."""
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import nn
+
+from upsnet import builders
+from upsnet.checkpoints.files import WeightFile, load_into, read_weights
+from upsnet.checkpoints.resnet import load_pretrained
+from upsnet.config import Recipe, load_recipe
+from upsnet.dataset.batches import collate
+from upsnet.dataset.photos import read_photo
+from upsnet.dataset.transforms import Transform, padded_size, scaled_size
+from upsnet.engine.inference_loop import predict_batches
+from upsnet.engine.places import writing
+from upsnet.engine.precision import Precision
+from upsnet.structures.categories import Categories
+from upsnet.structures.class_tables import class_table
+from upsnet.structures.errors import DataError, RecipeError, WeightsError
+from upsnet.structures.panoptic_png import id_to_rgb
+from upsnet.structures.results import Detections, Prediction, Segment
+from upsnet.structures.sample import Sample
+from upsnet.visualize import draw_panoptic
+
+logger = logging.getLogger("upsnet")
+
+Picture = NDArray[np.uint8]
+Photo = str | Path | Image.Image | Picture
+
+
+@dataclass(frozen=True, slots=True)
+class ResultSegment:
+    """One segment of a result.
+
+    id: its number in the map. category_id: the data set's own number of the class. score: 0..1, None for stuff.
+    area: pixels. bbox: x, y, width, height in pixels.
+    """
+
+    id: int
+    category_id: int
+    name: str
+    is_thing: bool
+    score: float | None
+    area: int
+    bbox: tuple[int, int, int, int]
+
+
+class PanopticResult:
+    """The network's answer for one photo, at the photo's size.
+
+    segment_map: H×W int32, ids of `segments`, 0 = no label. instances: detections of the instance head.
+    semantic_map: H×W int16, positions in `categories`.
+    """
+
+    def __init__(self, photo: Picture, prediction: Prediction, categories: Categories) -> None:
+        assert prediction.segment_map is not None
+        self.photo = photo
+        self.categories = categories
+        self.segment_map: NDArray[np.int32] = prediction.segment_map
+        self.instances: Detections | None = prediction.instances
+        self.semantic_map: NDArray[np.int16] | None = prediction.semantic_map
+        self._segments = prediction.segments
+
+    @property
+    def segments(self) -> list[ResultSegment]:
+        """The segments of the map: stuff first, then things."""
+        return [self._describe(segment) for segment in self._segments]
+
+    def _describe(self, segment: Segment) -> ResultSegment:
+        category = self.categories[segment.semantic_id]
+        return ResultSegment(
+            segment.id, category.id, category.name, category.is_thing, segment.score, segment.area, segment.bbox
+        )
+
+    def draw(self, alpha: float = 0.5, names: bool = True) -> Picture:
+        """The photo with coloured, outlined and named segments, uint8 RGB; small photos are drawn enlarged."""
+        return draw_panoptic(self.photo, self.segment_map, self._segments, self.categories, alpha=alpha, names=names)
+
+    def save(self, path: str | Path) -> None:
+        """Writes `path.png` and `path.json` in the COCO panoptic format (the PNG lies beside the json).
+
+        Raises:
+            PlaceError: they cannot be written.
+        """
+        stem = Path(path)
+        png, record = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.json")
+        height, width = self.segment_map.shape
+        segments = [
+            {
+                "id": s.id,
+                "category_id": s.category_id,
+                "area": s.area,
+                "bbox": list(s.bbox),
+                "iscrowd": 0,
+                **({} if s.score is None else {"score": s.score}),
+            }
+            for s in self.segments
+        ]
+        document = {
+            "images": [{"id": 1, "file_name": stem.name, "height": height, "width": width}],
+            "annotations": [{"image_id": 1, "file_name": png.name, "segments_info": segments}],
+            "categories": self.categories.to_coco(),
+        }
+        with writing(stem):
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            png.write_bytes(cv2.imencode(".png", id_to_rgb(self.segment_map)[..., ::-1])[1].tobytes())
+            record.write_text(json.dumps(document))
+
+
+class Predictor:
+    """A network with what it takes to feed it photos."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        categories: Categories,
+        transform: Transform,
+        precision: Precision = "fp32",
+        batch_size: int = 1,
+    ) -> None:
+        self.model = model
+        self.categories = categories
+        self._transform, self._precision, self._batch_size = transform, precision, batch_size
+
+    @overload
+    def predict(self, photos: Photo) -> PanopticResult: ...
+
+    @overload
+    def predict(self, photos: list[Photo]) -> list[PanopticResult]: ...
+
+    def predict(self, photos: Photo | list[Photo]) -> PanopticResult | list[PanopticResult]:
+        """The panoptic result of a photo, or of each in a list.
+
+        Only photos of equal padded size share a pass, so a list gives what one photo at a time gives.
+
+        Args:
+            photos: path, PIL image (both turned as EXIF says) or H×W×3 uint8 RGB array; or a list of these.
+
+        Raises:
+            DataError: a file is no photo, an array has another shape or type.
+        """
+        if isinstance(photos, list):
+            return self._predict_all(photos)
+        return self._predict_all([photos])[0]
+
+    def _predict_all(self, photos: Sequence[Photo]) -> list[PanopticResult]:
+        pictures = [_to_picture(photo) for photo in photos]
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for i, picture in enumerate(pictures):
+            height, width = picture.shape[:2]
+            groups[padded_size(scaled_size(height, width, self._transform.scale(height, width, i)))].append(i)
+        parts = [g[k : k + self._batch_size] for g in groups.values() for k in range(0, len(g), self._batch_size)]
+        batches = (collate([self._sample(pictures[i], i) for i in part]) for part in parts)
+        results: dict[int, PanopticResult] = {}
+        for prediction in predict_batches(self.model, batches, self._precision):
+            i = prediction.image_id
+            results[i] = PanopticResult(pictures[i], prediction, self.categories)
+        return [results[i] for i in range(len(pictures))]
+
+    def _sample(self, picture: Picture, number: int) -> Sample:
+        height, width = picture.shape[:2]
+        scale = self._transform.scale(height, width, number)
+        return Sample(number, str(number), self._transform.image(picture, scale), (height, width), scale)
+
+
+def _to_picture(photo: Photo) -> Picture:
+    if isinstance(photo, str | Path):
+        return read_photo(Path(photo), apply_exif=True)
+    if isinstance(photo, Image.Image):
+        return np.asarray(ImageOps.exif_transpose(photo).convert("RGB"))
+    if photo.ndim != 3 or photo.shape[2] != 3 or photo.dtype != np.uint8:
+        raise DataError(f"a photo array must be H×W×3 uint8 RGB, got shape {photo.shape} of {photo.dtype}")
+    return photo
+
+
+def load(
+    recipe: str | Path,
+    weights: str | Path | None = None,
+    device: str | torch.device | None = None,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+) -> Predictor:
+    """A predictor from a recipe and weights.
+
+    Args:
+        recipe: a yaml file or the bare name of a shipped recipe.
+        weights: a weight file that fits. None: untrained heads, the backbone from `network.pretrained` if it is there.
+        device: "cpu", "cuda", "cuda:1", …; None: CUDA where it is found.
+        overrides: recipe keys, `{"test.scales": [480]}` or `["test.scales=[480]"]`.
+
+    Raises:
+        UserError: the recipe or the weights are at fault, or nothing tells the classes.
+    """
+    return load_predictor(
+        load_recipe(recipe, overrides),
+        None if weights is None else Path(weights),
+        None if device is None else torch.device(device),
+    )
+
+
+def load_predictor(recipe: Recipe, weights: Path | None = None, device: torch.device | None = None) -> Predictor:
+    """`load` for a recipe that is already read."""
+    file = read_weights(weights) if weights is not None else None
+    categories = _categories_of(recipe, file)
+    network = builders.build_network(recipe, categories)
+    if weights is None:
+        _start_untrained(recipe, network)
+    else:
+        load_trained(network, weights, categories, file)
+    network.to(device or builders.choose_device(recipe)).eval()
+    return Predictor(
+        network, categories, builders.test_transform(recipe), recipe.test.precision, recipe.test.batch_size
+    )
+
+
+def load_trained(network: nn.Module, path: Path, categories: Categories, file: WeightFile | None = None) -> None:
+    """Loads a weight file that must fit the network and the classes. file: its content, if it is read already.
+
+    Raises:
+        WeightsError: it does not fit.
+    """
+    file = file or read_weights(path)
+    if file.categories is not None and file.categories != categories:
+        raise WeightsError(
+            f"{path} was trained on other classes ({file.categories}) than those of the data ({categories}): "
+            f"use the data set that it was trained on"
+        )
+    load_into(network, file.state, str(path))
+
+
+def _start_untrained(recipe: Recipe, network: nn.Module) -> None:
+    pretrained = recipe.network.pretrained
+    if pretrained is not None and Path(pretrained).is_file():
+        load_pretrained(network, Path(pretrained))
+        logger.warning("no weights given: the backbone is pretrained, everything else is untrained")
+    else:
+        logger.warning("no weights given: the network is untrained")
+
+
+def _categories_of(recipe: Recipe, file: WeightFile | None) -> Categories:
+    """The class table: the one inside the weight file, the one that ships with the package, or the data set's."""
+    if file is not None and file.categories is not None:
+        return file.categories
+    table = class_table(recipe.dataset.dataset)
+    if table is not None:
+        return table
+    try:
+        return builders.build_test_set(recipe).categories
+    except DataError as error:
+        raise RecipeError(
+            f"nothing tells the classes: the weights hold no class table and the data set cannot be read ({error})"
+        ) from error
