@@ -34,6 +34,16 @@ def test_the_same_as_json_load_wherever_the_window_ends(tmp_path, monkeypatch, c
     assert collect(path) == expected
 
 
+def test_a_large_file_shows_its_progress(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "large.json"
+    path.write_text(json.dumps(CONTENT))
+    collect(path)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(json_records, "_LARGE", 0)
+    collect(path)
+    assert "large.json" in capsys.readouterr().err
+
+
 def test_an_empty_object(tmp_path):
     (tmp_path / "a.json").write_text(" { } ")
     assert collect(tmp_path / "a.json") == {}

@@ -57,7 +57,6 @@ def test_the_same_sample(tmp_path, original):
         write_data_set(tmp_path, given, 11 if cityscapes else 53),
         Transform((160,), 320),
         flip_copies=True,
-        whole_canvas=cityscapes,
     )
     batch = collate([data_set[int(given["in::flipped"])]])
     height, width, scale = given["in::im_info"][0]

@@ -77,6 +77,13 @@ def test_normalisation_turns_rgb_into_bgr():
     np.testing.assert_allclose(normalize(photo, (1.0, 2.0, 3.0), False), [[unit]], rtol=1e-5)
 
 
+@pytest.mark.parametrize("use_caffe_model", [True, False])
+def test_the_picture_of_an_input_is_the_photo(use_caffe_model):
+    photo = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
+    transform = Transform((20,), 100, use_caffe_model=use_caffe_model)
+    assert (transform.picture(transform.image(photo, 1.0)) == photo).all()
+
+
 def test_labels_keep_their_values():
     labels = np.random.default_rng(0).integers(-1, 133, (31, 47)).astype(np.int16)
     resized = resize_labels(labels, 1.7)

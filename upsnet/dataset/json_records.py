@@ -2,25 +2,33 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
+
+from tqdm import tqdm
 
 from upsnet.structures.errors import DataError
 
 _SPACE = re.compile(r"\s*")
 _CHUNK = 1 << 22
+_LARGE = 100 << 20
 
 
 def records_of(path: Path) -> Iterator[tuple[str, Any]]:
     """Yields what the json object at `path` holds: (key, entry) for every entry of a list, (key, value) for the rest.
 
+    Files that take more than a few seconds show a progress bar.
+
     Raises:
         DataError: the file is missing, unreadable or not a json object.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            yield from _Scanner(file).records()
+        size = Path(path).stat().st_size
+        # Text lengths stand in for bytes: annotation files are ASCII but for a name here and there.
+        bar = tqdm(total=size, unit="B", unit_scale=True, desc=Path(path).name, disable=size < _LARGE, leave=False)
+        with open(path, encoding="utf-8") as file, bar:
+            yield from _Scanner(file, bar.update).records()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}): check dataset.dataset_path") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
@@ -30,8 +38,9 @@ def records_of(path: Path) -> Iterator[tuple[str, Any]]:
 class _Scanner:
     """A window that moves over the text; the standard decoder reads one value after another from it."""
 
-    def __init__(self, file: TextIO) -> None:
+    def __init__(self, file: TextIO, report: Callable[[int], object]) -> None:
         self._file = file
+        self._report = report
         self._decoder = json.JSONDecoder()
         self._text = ""
         self._position = 0
@@ -66,6 +75,7 @@ class _Scanner:
         pending = self._text[self._position :]
         more = self._file.read(max(_CHUNK, len(pending)))
         self._text, self._position = pending + more, 0
+        self._report(len(more))
         return bool(more)
 
     def _peek(self) -> str:
