@@ -118,6 +118,7 @@ CASES = {
         change(PANOPTIC, lambda c: of_image(c, 17, "images").pop("height")),
         [P, "17", "'height'"],
     ),
+    "image without pixels": (change(PANOPTIC, lambda c: of_image(c, 17, "images").update(width=0)), [P, "'id': 17"]),
     "segment without category": (
         change(PANOPTIC, lambda c: segment(c).pop("category_id")),
         [P, "image 17", "segment 41", "'category_id'"],

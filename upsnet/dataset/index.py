@@ -100,6 +100,8 @@ def read_panoptic(path: Path) -> tuple[Categories, PanopticIndex]:
 def _read_image(path: Path, record: Any, images: dict[str, list[Any]]) -> None:
     try:
         values = int(record["id"]), int(record["height"]), int(record["width"]), str(record["file_name"])
+        if min(values[1:3]) < 1:
+            raise ValueError
     except KeyError as error:
         raise DataError(f"{path}: image {record.get('id', '')} has no {error}: complete its record") from None
     except (TypeError, ValueError):
