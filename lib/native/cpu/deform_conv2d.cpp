@@ -217,17 +217,14 @@ Tensor forward(const Tensor& input, const Tensor& offset, const Tensor& weight, 
 template <class T>
 std::pair<int64_t, int64_t> reached_rows(const Deform<T>& d, int64_t begin, int64_t end) {
   int64_t first = d.images * d.height, last = 0;
-  for (int64_t p = begin; p < end; ++p) {
-    const int64_t image = p / (d.out_height * d.out_width), row = p / d.out_width % d.out_height;
-    const T* offset = d.offset + image * d.offset_strides[0] + row * d.offset_strides[2] +
-        p % d.out_width * d.offset_strides[3];
+  Place place = Place::of(d, begin);
+  for (int64_t p = begin; p < end; ++p, place.next(d)) {
     for (int64_t i = 0; i < d.offset_groups * d.taps(); ++i) {
-      const T y = T(row * d.stride_h - d.pad_h + i % d.taps() / d.kernel_w * d.dilation_h) +
-          offset[2 * i * d.offset_strides[1]];
+      const T y = T(place.row * d.stride_h + Tap::of(d, i % d.taps(), 0).y) + d.offset[place.at(d.offset_strides, 2 * i)];
       if (!(y >= T(-1) && y < T(d.height))) continue;
       const int64_t top = int64_t(y + 1) - 1;  // floor, as y + 1 >= 0
-      first = std::min(first, image * d.height + std::max<int64_t>(top, 0));
-      last = std::max(last, image * d.height + std::min(top + 2, d.height));
+      first = std::min(first, place.image * d.height + std::max<int64_t>(top, 0));
+      last = std::max(last, place.image * d.height + std::min(top + 2, d.height));
     }
   }
   return {std::min(first, last), last};

@@ -46,16 +46,42 @@ struct Corners {
 
 UPSNET_INLINE int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+// An output pixel, and the step to the next one without a division.
+struct Place {
+  int64_t image, row, column;
+
+  template <class T>
+  UPSNET_INLINE static Place of(const Deform<T>& d, int64_t pixel) {
+    return {pixel / (d.out_width * d.out_height), pixel / d.out_width % d.out_height, pixel % d.out_width};
+  }
+  template <class T>
+  UPSNET_INLINE void next(const Deform<T>& d) {
+    if (++column < d.out_width) return;
+    column = 0;
+    if (++row == d.out_height) row = 0, ++image;
+  }
+  UPSNET_INLINE int64_t at(const int64_t (&strides)[4], int64_t channel) const {
+    return image * strides[0] + channel * strides[1] + row * strides[2] + column * strides[3];
+  }
+};
+
+// A kernel tap: its number among all groups' taps, and its place relative to the pixel's place times the stride.
+struct Tap {
+  int64_t channel, y, x;
+
+  template <class T>
+  UPSNET_INLINE static Tap of(const Deform<T>& d, int64_t tap, int64_t group) {
+    return {group * d.taps() + tap, tap / d.kernel_w * d.dilation_h - d.pad_h, tap % d.kernel_w * d.dilation_w - d.pad_w};
+  }
+};
+
 // Where one tap of one output pixel samples. The condition is closed at -1: the value there is 0 either way, but the
 // derivative towards the inside is wanted, and at zero offsets the padding's samples lie exactly there.
 template <class T>
-UPSNET_INLINE void locate(const Deform<T>& d, int64_t image, int64_t row, int64_t column, int64_t tap, int64_t group,
-                          Corners<T>& out) {
-  const int64_t channel = 2 * (group * d.taps() + tap);
-  const T* offset = d.offset + image * d.offset_strides[0] + channel * d.offset_strides[1] +
-      row * d.offset_strides[2] + column * d.offset_strides[3];
-  const T y = T(row * d.stride_h - d.pad_h + tap / d.kernel_w * d.dilation_h) + offset[0];
-  const T x = T(column * d.stride_w - d.pad_w + tap % d.kernel_w * d.dilation_w) + offset[d.offset_strides[1]];
+UPSNET_INLINE void locate(const Deform<T>& d, const Place& place, const Tap& tap, Corners<T>& out) {
+  const T* offset = d.offset + place.at(d.offset_strides, 2 * tap.channel);
+  const T y = T(place.row * d.stride_h + tap.y) + offset[0];
+  const T x = T(place.column * d.stride_w + tap.x) + offset[d.offset_strides[1]];
   if (!(y >= T(-1) && y < T(d.height) && x >= T(-1) && x < T(d.width))) {
     const T outside = (y != y || x != x) ? y + x : T(0);  // a NaN offset must stay visible in the result
     for (int i = 0; i < 4; ++i) {
@@ -68,7 +94,7 @@ UPSNET_INLINE void locate(const Deform<T>& d, int64_t image, int64_t row, int64_
   const T floor_y = __builtin_floor(y), floor_x = __builtin_floor(x);
   const int64_t top = int64_t(floor_y), left = int64_t(floor_x);
   const T fy = y - floor_y, fx = x - floor_x;
-  const int64_t base = ((image * d.height + top) * d.width + left) * d.channels;
+  const int64_t base = ((place.image * d.height + top) * d.width + left) * d.channels;
   const bool has_top = top >= 0, has_bottom = top + 1 < d.height, has_left = left >= 0, has_right = left + 1 < d.width;
   out.index[0] = has_top && has_left ? base : -1;
   out.index[1] = has_top && has_right ? base + d.channels : -1;
@@ -190,15 +216,14 @@ struct Kernel {
   static UPSNET_INLINE void sample(const Deform<T>& d, int64_t first, int64_t count, int64_t tap, const T* zeros,
                                    T* out, int64_t out_row) {
     const int64_t width = d.channels / d.offset_groups;
-    int64_t column = first % d.out_width, row = first / d.out_width % d.out_height;
-    int64_t image = first / (d.out_width * d.out_height);
-    for (int64_t p = 0; p < count; ++p) {
-      for (int64_t g = 0; g < d.offset_groups; ++g) {
+    for (int64_t g = 0; g < d.offset_groups; ++g) {
+      const Tap where = Tap::of(d, tap, g);
+      Place place = Place::of(d, first);
+      for (int64_t p = 0; p < count; ++p, place.next(d)) {
         Corners<T> at;
-        locate(d, image, row, column, tap, g, at);
+        locate(d, place, where, at);
         if (d.mask != nullptr) {
-          const T m = d.mask[image * d.mask_strides[0] + (g * d.taps() + tap) * d.mask_strides[1] +
-                             row * d.mask_strides[2] + column * d.mask_strides[3]];
+          const T m = d.mask[place.at(d.mask_strides, where.channel)];
           for (int i = 0; i < 4; ++i) at.weight[i] *= m;
         }
         const T* corner[4];
@@ -212,10 +237,6 @@ struct Kernel {
         for (; c < width; ++c)
           target[c] = at.weight[0] * corner[0][c] + at.weight[1] * corner[1][c] + at.weight[2] * corner[2][c] +
               at.weight[3] * corner[3][c];
-      }
-      if (++column == d.out_width) {
-        column = 0;
-        if (++row == d.out_height) row = 0, ++image;
       }
     }
   }
@@ -258,17 +279,13 @@ struct Kernel {
     const Deform<T>& d = task.d;
     const int64_t width = d.channels / d.offset_groups, image_pixels = d.out_height * d.out_width;
     T* const grad_base = sums.input - sums.first_row * d.width * d.channels;
-    for (int64_t p = 0; p < count; ++p) {
-      const int64_t image = (first + p) / image_pixels, pixel = (first + p) % image_pixels;
-      const int64_t row = pixel / d.out_width, column = pixel % d.out_width;
-      for (int64_t g = 0; g < d.offset_groups; ++g) {
-        const int64_t channel = g * d.taps() + tap;
+    for (int64_t g = 0; g < d.offset_groups; ++g) {
+      const Tap where = Tap::of(d, tap, g);
+      Place place = Place::of(d, first);
+      for (int64_t p = 0; p < count; ++p, place.next(d)) {
         Corners<T> at;
-        locate(d, image, row, column, tap, g, at);
-        T m = 1;
-        if (d.mask != nullptr)
-          m = d.mask[image * d.mask_strides[0] + channel * d.mask_strides[1] + row * d.mask_strides[2] +
-                     column * d.mask_strides[3]];
+        locate(d, place, where, at);
+        const T m = d.mask != nullptr ? d.mask[place.at(d.mask_strides, where.channel)] : T(1);
         const T* corner[4];
         T* grad[4];
         T scale[4];
@@ -306,11 +323,12 @@ struct Kernel {
         for (int i = 0; i < 4; ++i)
           for (int64_t l = 0; l < lanes; ++l) dot[i] += dots[i][l];
         const T fy = at.fraction_y, fx = at.fraction_x;
-        T* grad_offset = task.grad_offset + (image * 2 * d.offset_groups * d.taps() + 2 * channel) * image_pixels + pixel;
+        const int64_t pixel = place.row * d.out_width + place.column, channels = d.offset_groups * d.taps();
+        T* grad_offset = task.grad_offset + 2 * (place.image * channels + where.channel) * image_pixels + pixel;
         grad_offset[0] = m * ((1 - fx) * (dot[2] - dot[0]) + fx * (dot[3] - dot[1]));
         grad_offset[image_pixels] = m * ((1 - fy) * (dot[1] - dot[0]) + fy * (dot[3] - dot[2]));
         if (task.grad_mask != nullptr)
-          task.grad_mask[(image * d.offset_groups * d.taps() + channel) * image_pixels + pixel] =
+          task.grad_mask[(place.image * channels + where.channel) * image_pixels + pixel] =
               at.weight[0] * dot[0] + at.weight[1] * dot[1] + at.weight[2] * dot[2] + at.weight[3] * dot[3];
       }
     }
