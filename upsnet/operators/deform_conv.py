@@ -23,7 +23,7 @@ def deform_conv2d(
 
     Signature and values are those of `torchvision.ops.deform_conv2d`. A sample outside the input counts as 0; one
     within a pixel of the border fades towards 0. The output has the input's memory format: channels-last is the fast
-    one. Half precision on the CPU and autocast compute in float32 and return the input's dtype.
+    one. Half precision and autocast compute in float32 and return the input's dtype.
 
     Args:
         input: (N, C, H, W).
@@ -42,7 +42,7 @@ def deform_conv2d(
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
     _check(input, offset, weight, bias, mask, stride, padding, dilation)
     given = input.dtype
-    if input.device.type == "cpu" and (torch.is_autocast_enabled("cpu") or given in (torch.bfloat16, torch.float16)):
+    if given in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(input.device.type):
         input, offset, weight = input.float(), offset.float(), weight.float()
         bias = None if bias is None else bias.float()
         mask = None if mask is None else mask.float()
