@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+# As the command line does: threads that sleep while they wait, set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

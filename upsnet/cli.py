@@ -1,6 +1,7 @@
 """The command `upsnet`: arguments in, one call down, errors out as one sentence."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
     """Parses and runs; `action` in the parsed arguments is what runs."""
     options = parser.parse_args(arguments)
+    # Threads that spin while they wait make torch many times slower as soon as anything else wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         options.action(options)
     except UserError as error:
