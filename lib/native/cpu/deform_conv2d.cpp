@@ -10,12 +10,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <array>
 #include <bit>
-#include <cmath>
-#include <memory>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "deform_kernels.h"
@@ -101,7 +102,7 @@ void copy_strides(const Tensor& tensor, int64_t (&strides)[4]) {
 
 // `input` must be dense and channels last. The last line of defence: Python checks first, with better sentences.
 template <class T>
-Deform<T> describe(const Tensor& input, const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& mask,
+Deform<T> geometry(const Tensor& input, const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& mask,
                    const Ints& stride, const Ints& padding, const Ints& dilation) {
   Deform<T> d{};
   d.images = input.size(0), d.channels = input.size(1), d.height = input.size(2), d.width = input.size(3);
@@ -189,7 +190,7 @@ Tensor forward(const Tensor& input, const Tensor& offset, const Tensor& weight, 
   const Tensor kernel = torch::stable::contiguous(weight);
   const Entry<T>& use = entry<T>();
   ForwardTask<T> task{};
-  task.d = describe<T>(source, offset, kernel, mask, stride, padding, dilation);
+  task.d = geometry<T>(source, offset, kernel, mask, stride, padding, dilation);
   const Deform<T>& d = task.d;
   Tensor output = empty_images(input, {d.images, d.outputs, d.out_height, d.out_width}, is_channels_last);
   if (d.pixels() == 0 || d.outputs == 0) return output;
@@ -300,7 +301,7 @@ Gradients backward(const Tensor& grad, const Tensor& input, const Tensor& offset
   const Tensor upstream = dense(grad, grad_is_channels_last), kernel = torch::stable::contiguous(weight);
   const Entry<T>& use = entry<T>();
   BackwardTask<T> task{};
-  task.d = describe<T>(source, offset, kernel, mask, stride, padding, dilation);
+  task.d = geometry<T>(source, offset, kernel, mask, stride, padding, dilation);
   const Deform<T>& d = task.d;
   STD_TORCH_CHECK(grad.size(0) == d.images && grad.size(1) == d.outputs && grad.size(2) == d.out_height &&
                       grad.size(3) == d.out_width && grad.scalar_type() == input.scalar_type(),

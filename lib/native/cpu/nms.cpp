@@ -25,6 +25,13 @@ struct Boxes {
   const float *x1, *y1, *x2, *y2, *area;
 };
 
+// Contracted multiply-adds would round the union differently from torchvision.
+#ifdef __clang__
+#pragma STDC FP_CONTRACT OFF
+#else
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off")
+#endif
 UPSNET_INLINE void suppress(const Boxes& boxes, int64_t i, int64_t end, float threshold, uint8_t* __restrict__ removed) {
   const float x1 = boxes.x1[i], y1 = boxes.y1[i], x2 = boxes.x2[i], y2 = boxes.y2[i], area = boxes.area[i];
   for (int64_t j = i + 1; j < end; ++j) {
@@ -36,9 +43,6 @@ UPSNET_INLINE void suppress(const Boxes& boxes, int64_t i, int64_t end, float th
   }
 }
 
-// Contracted multiply-adds would round the union differently from torchvision.
-#pragma GCC push_options
-#pragma GCC optimize("fp-contract=off")
 #if UPSNET_X86
 UPSNET_TARGET_AVX512 void suppress_avx512(const Boxes& b, int64_t i, int64_t end, float t, uint8_t* removed) {
   suppress(b, i, end, t, removed);
@@ -50,7 +54,9 @@ UPSNET_TARGET_AVX2 void suppress_avx2(const Boxes& b, int64_t i, int64_t end, fl
 void suppress_generic(const Boxes& b, int64_t i, int64_t end, float t, uint8_t* removed) {
   suppress(b, i, end, t, removed);
 }
+#ifndef __clang__
 #pragma GCC pop_options
+#endif
 
 using Suppress = void (*)(const Boxes&, int64_t, int64_t, float, uint8_t*);
 
