@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from tests.fixtures import CONFIGURATIONS, NumpyDraws, load_units, piece
 from upsnet.models.anchors import base_anchors, grid_anchors
 from upsnet.models.box_head import Candidates, DetectionOptions, box_losses, detect
-from upsnet.models.boxes import box_iou, clip, decode, encode, suppress
+from upsnet.models.boxes import box_iou, clip, decode, encode
 from upsnet.models.mask_head import mask_loss
 from upsnet.models.matching import AnchorSampling, RoISampling, SampledRoIs, mask_targets, match_anchors, sample_rois
 from upsnet.models.panoptic_head import fuse, panoptic_logits, panoptic_loss, panoptic_target, remove_hidden
 from upsnet.models.postprocess import merge_segments, paste_masks
 from upsnet.models.rpn import ProposalOptions, RPNOutput, propose, rpn_losses
-from upsnet.operators import pyramid_roi_align
+from upsnet.operators import nms_inclusive, pyramid_roi_align
 from upsnet.structures.masks import Masks, mask_from_coco
 from upsnet.structures.sample import VOID
 
@@ -71,7 +71,7 @@ def test_overlaps_are_equal_to_the_bit(units: dict[str, Any]) -> None:
 
 def test_nms(units: dict[str, Any]) -> None:
     given, out = piece(units, "nms")
-    kept = suppress(given["dets"][:, :4], given["dets"][:, 4], float(given["thresh"]))
+    kept = nms_inclusive(given["dets"][:, :4], given["dets"][:, 4], float(given["thresh"]))
     assert kept.tolist() == out["keep"].tolist()
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from upsnet.models.boxes import clip, decode, suppress, suppress_by_class
+from upsnet.models.boxes import clip, decode
 from upsnet.models.layers import NormKind, make_norm, smooth_l1, zero_bias
 from upsnet.models.matching import SampledRoIs
-from upsnet.operators import pyramid_roi_align
+from upsnet.operators import batched_nms, pyramid_roi_align
 
 POOLED_SIZE = 7
 SIGMA = 1.0
@@ -120,11 +120,9 @@ def detect(
     label = label + 1
     boxes = clip(decode(rois[roi], deltas[roi, label], options.box_weights), size)
     found = Candidates(boxes, probabilities[roi, label], label)
-    if class_agnostic:
-        found = found.select(suppress(found.boxes, found.scores, options.nms_threshold))
-    else:
-        found = found.select(suppress_by_class(found.boxes, found.scores, found.classes, options.nms_threshold))
+    groups = torch.zeros_like(label) if class_agnostic else label
+    found = found.select(batched_nms(boxes, found.scores, groups, options.nms_threshold, inclusive=True))
     if len(found) > options.max_detections:
         least = found.scores.topk(options.max_detections).values[-1]
         found = found.select(torch.nonzero(found.scores >= least).flatten())
-    return found
+    return found if class_agnostic else found.select(found.classes.argsort(stable=True))

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from upsnet.operators import nms
-
 MAX_LOG_RATIO = math.log(1000.0 / 16.0)
 """Upper bound of the predicted log width and height ratios: exp of more would leave every photo."""
 
@@ -79,20 +77,3 @@ def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.stack(
         [x1.clamp(0, width - 1), y1.clamp(0, height - 1), x2.clamp(0, width - 1), y2.clamp(0, height - 1)], dim=-1
     )
-
-
-def suppress(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
-    """Non-maximum suppression with inclusive widths: indices of the kept boxes by descending score.
-
-    A box is dropped if its IoU with a stronger kept one is greater than the threshold.
-    """
-    return nms(boxes + boxes.new_tensor([0.0, 0.0, 1.0, 1.0]), scores, threshold)
-
-
-def suppress_by_class(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float) -> Tensor:
-    """`suppress` within each class; kept indices in order of class, then descending score."""
-    kept = []
-    for present in torch.unique(classes):
-        members = torch.nonzero(classes == present).flatten()
-        kept.append(members[suppress(boxes[members], scores[members], threshold)])
-    return torch.cat(kept) if kept else torch.zeros(0, dtype=torch.int64, device=boxes.device)
