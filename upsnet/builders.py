@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 
 from upsnet.config import Recipe, TestOptions, TrainOptions
 from upsnet.dataset.annotated_set import coco_image_sets
-from upsnet.dataset.batches import SamePaddedSizeSampler, TrainingSampler, collate, start_loader_process
+from upsnet.dataset.batches import SamePaddedSizeSampler, TrainingSampler
 from upsnet.dataset.coco_panoptic import CocoPanoptic
+from upsnet.dataset.loading import BatchLoader
 from upsnet.dataset.transforms import Transform
 from upsnet.engine.optimizer import build_optimizer
 from upsnet.engine.options import TrainOptions as EngineOptions
@@ -26,7 +26,6 @@ from upsnet.models.upsnet import UPSNet
 from upsnet.structures.categories import Categories
 from upsnet.structures.draws import seed_of
 from upsnet.structures.errors import RecipeError
-from upsnet.structures.sample import Sample
 
 ROI_LOSS_SHARE = 0.2
 """Weight of the semantic loss on crops, as a share of the semantic loss' own (UPSNet, section 3.2)."""
@@ -270,7 +269,7 @@ def accumulation(recipe: Recipe, workers: int = 1) -> int:
     return total // share
 
 
-def build_training_loader(recipe: Recipe, dataset: CocoPanoptic, start_step: int) -> DataLoader[Sample]:
+def build_training_loader(recipe: Recipe, dataset: CocoPanoptic, start_step: int) -> BatchLoader:
     """Micro-batches from step `start_step` to the last one."""
     sampler = TrainingSampler(
         len(dataset),
@@ -279,26 +278,15 @@ def build_training_loader(recipe: Recipe, dataset: CocoPanoptic, start_step: int
         seed=recipe.seed,
         start_step=start_step,
         steps=recipe.train.max_iteration,
+        shuffle=recipe.train.shuffle,
     )
-    return _loader(recipe, dataset, sampler)
+    return BatchLoader(dataset, sampler, recipe.dataset.num_workers)
 
 
-def build_test_loader(recipe: Recipe, dataset: CocoPanoptic) -> DataLoader[Sample]:
+def build_test_loader(recipe: Recipe, dataset: CocoPanoptic) -> BatchLoader:
     """Batches of images of equal padded size, every image once."""
-    return _loader(recipe, dataset, SamePaddedSizeSampler(dataset.padded_sizes(), recipe.test.batch_size))
-
-
-def _loader(
-    recipe: Recipe, dataset: CocoPanoptic, sampler: TrainingSampler | SamePaddedSizeSampler
-) -> DataLoader[Sample]:
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=recipe.dataset.num_workers,
-        collate_fn=collate,
-        worker_init_fn=start_loader_process,
-        pin_memory=torch.cuda.is_available(),
-    )
+    sampler = SamePaddedSizeSampler(dataset.padded_sizes(), recipe.test.batch_size)
+    return BatchLoader(dataset, sampler, recipe.dataset.num_workers)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

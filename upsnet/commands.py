@@ -4,15 +4,12 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
@@ -20,14 +17,14 @@ from upsnet import builders
 from upsnet.checkpoints.resnet import load_pretrained
 from upsnet.config import Recipe, dump_recipe, load_recipe, paths
 from upsnet.dataset.coco_panoptic import CocoPanoptic
+from upsnet.dataset.loading import BatchLoader
 from upsnet.dataset.shapes import write_shapes
 from upsnet.engine.inference_loop import Evaluator, predict_batches, run_test
 from upsnet.engine.log import TrainingLog, logging_to
 from upsnet.engine.options import TrainOptions
-from upsnet.engine.places import writing
 from upsnet.engine.snapshots import ResumeState, Snapshots, resume
 from upsnet.engine.train import train as run_training
-from upsnet.evaluation.coco_files import evaluate_files
+from upsnet.evaluation.coco_files import evaluate_files, write_png
 from upsnet.evaluation.error_analysis import ErrorAnalysis
 from upsnet.evaluation.instance_ap import InstanceAP
 from upsnet.evaluation.json_files import read_json
@@ -38,7 +35,7 @@ from upsnet.evaluation.tables import summary_tables
 from upsnet.operators import describe
 from upsnet.predict import load_predictor, load_trained
 from upsnet.report import GalleryItem, write_report
-from upsnet.structures.errors import DataError
+from upsnet.structures.errors import DataError, PlaceError, RecipeError
 from upsnet.structures.results import Prediction
 from upsnet.structures.sample import Batch
 from upsnet.visualize import draw_batch, draw_panoptic
@@ -63,13 +60,12 @@ def train(recipe: Recipe) -> Path:
         network = builders.build_network(recipe, dataset.categories).to(device)
         optimizer = builders.build_optimizer_of(recipe, network)
         options = builders.engine_options(recipe, len(dataset))
-        _say_where_we_run(recipe, device)
+        _say_where(device)
+        _say_how_many_workers(recipe)
         start = _starting_point(recipe, network, optimizer)
         _say_what_is_trained(recipe, dataset, network, options)
         snapshots = Snapshots(folder, recipe.model_prefix, dataset.categories, dump_recipe(recipe))
-        validation = None
-        if recipe.train.eval_data:
-            validation = builders.build_test_loader(recipe, builders.build_test_set(recipe, targets=True))
+        validation = _validation_batches(recipe, dataset) if recipe.train.eval_data else None
         begin = start.iteration if start else 0
         tensorboard = paths.tensorboard_folder(recipe, now)
         with TrainingLog(folder / "metrics.jsonl", tensorboard, begin) as log:
@@ -87,20 +83,32 @@ def train(recipe: Recipe) -> Path:
         return snapshots.path(options.max_iteration)
 
 
-def _say_where_we_run(recipe: Recipe, device: torch.device) -> None:
+def _say_where(device: torch.device) -> None:
     logger.info("running on %s; %s", builders.device_name(device), describe())
+
+
+def _say_how_many_workers(recipe: Recipe) -> None:
     if recipe.train.use_horovod:
-        logger.info("train.use_horovod is true, but this is a plain launch: one worker")
-    elif len(recipe.gpus.split(",")) > 1:
-        logger.info("gpus lists several devices, but this is a plain launch: one worker")
-    if recipe.train.total_batch is None and recipe.train.compat == "original":
-        logger.info("train.total_batch is not set: an optimiser step sees train.batch_size images")
+        reason = "train.use_horovod is true"
+    elif "," in recipe.gpus:
+        reason = "gpus lists several devices"
+    else:
+        return
+    logger.info("%s, but this is a plain launch: one worker, without Horovod", reason)
+    if recipe.train.total_batch is None:
+        count = recipe.train.batch_size
+        logger.info("train.total_batch is not set: a step sees %d images; set it if train.lr belongs to more", count)
 
 
 def _starting_point(recipe: Recipe, network: nn.Module, optimizer: torch.optim.Optimizer) -> ResumeState | None:
     """Puts weights into the network: those of the snapshot that is resumed, else the pretrained ones, if any."""
     if recipe.train.resume:
         start = resume(paths.snapshot_file(recipe, recipe.train.begin_iteration), network, optimizer)
+        if start.iteration >= recipe.train.max_iteration:
+            raise RecipeError(
+                f"train.max_iteration is {recipe.train.max_iteration}, but the snapshot to resume from has "
+                f"{start.iteration} steps already: raise it"
+            )
         logger.info("resuming after step %d", start.iteration)
         return start
     if recipe.network.pretrained is not None:
@@ -135,6 +143,16 @@ def _say_what_is_trained(recipe: Recipe, dataset: CocoPanoptic, network: nn.Modu
     )
 
 
+def _validation_batches(recipe: Recipe, training_set: CocoPanoptic) -> BatchLoader:
+    dataset = builders.build_test_set(recipe, targets=True)
+    if dataset.categories != training_set.categories:
+        raise DataError(
+            f"{recipe.dataset.dataset_path}: {recipe.dataset.test_image_set} has other categories than "
+            f"{recipe.dataset.image_set}: correct one of the panoptic json files"
+        )
+    return builders.build_test_loader(recipe, dataset)
+
+
 def _count_parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
@@ -142,7 +160,7 @@ def _count_parameters(network: nn.Module) -> int:
 def _draw_first_batch(batch: Batch, dataset: CocoPanoptic, folder: Path) -> None:
     assert dataset.transform is not None
     path = folder / "first_batch.png"
-    write_picture(path, draw_batch(batch, dataset.categories, dataset.transform.picture))
+    write_png(path, draw_batch(batch, dataset.categories, dataset.transform.picture))
     logger.info("the first batch as the network sees it: %s", path)
 
 
@@ -183,7 +201,8 @@ def _fresh_predictions(recipe: Recipe, dataset: CocoPanoptic, weights: Path) -> 
     device = builders.choose_device(recipe)
     network = builders.build_network(recipe, dataset.categories)
     load_trained(network, weights, dataset.categories)
-    logger.info("testing %s on %s; %s", weights, builders.device_name(device), describe())
+    _say_where(device)
+    logger.info("testing %s on %d images of %s", weights, dataset.num_photos, recipe.dataset.dataset_path)
     loader = builders.build_test_loader(recipe, dataset)
     return predict_batches(network.to(device), loader, recipe.test.precision)
 
@@ -216,7 +235,9 @@ class _PictureWriter:
         assert prediction.segment_map is not None
         photo = self._dataset.photo(self._position[prediction.image_id])
         picture = draw_panoptic(photo, prediction.segment_map, prediction.segments, self._dataset.categories)
-        write_picture(self._folder / f"{Path(prediction.file_name).stem}.png", picture)
+        # Photos of two folders may share a name.
+        name = Path(prediction.file_name).with_suffix(".png").as_posix().replace("/", "_")
+        write_png(self._folder / name, picture)
 
 
 # -- report ------------------------------------------------------------------------------------------------------------
@@ -244,6 +265,8 @@ def report(recipe: Recipe, folder: Path | None = None) -> Path:
     position = {image_id: i for i, image_id in enumerate(dataset.image_ids.tolist())}
     qualities: dict[int, float] = {}
     for prediction in tqdm(read_results(results, dataset.categories), "report", len(position), unit="image"):
+        if prediction.image_id not in position:
+            raise DataError(f"{results}: image {prediction.image_id} is not in the data set: run the test again")
         truth = dataset.truth(position[prediction.image_id])
         matching = match_segments(prediction, truth, dataset.categories)
         analysis.add(prediction, truth, matching)
@@ -254,7 +277,6 @@ def report(recipe: Recipe, folder: Path | None = None) -> Path:
         for prediction in read_results(results, dataset.categories)
         if prediction.image_id in shown
     ]
-    metrics = paths.training_folder(recipe) / "metrics.jsonl"
     page = write_report(
         folder,
         title=recipe.name,
@@ -262,11 +284,20 @@ def report(recipe: Recipe, folder: Path | None = None) -> Path:
         categories=dataset.categories,
         summary=read_json(results / "summary.json"),
         error_summary=analysis.summary(),
-        history=[json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else [],
+        history=_history(paths.training_folder(recipe) / "metrics.jsonl"),
         gallery=gallery,
     )
     print(f"report: {page}")
     return page
+
+
+def _history(metrics_file: Path) -> list[dict[str, Any]]:
+    """The lines of a training that may not be there, or may have been killed in the middle of a line."""
+    lines = []
+    with suppress(FileNotFoundError, json.JSONDecodeError):
+        for line in metrics_file.read_text(encoding="utf-8").splitlines():
+            lines.append(json.loads(line))
+    return lines
 
 
 def _choose_for_gallery(qualities: dict[int, float], count: int) -> set[int]:
@@ -288,19 +319,27 @@ def _gallery_item(dataset: CocoPanoptic, i: int, prediction: Prediction) -> Gall
 
 
 def predict(recipe: Recipe, weights: Path, photos: Sequence[Path], out: Path) -> None:
-    """Predicts photos: for each, a panoptic PNG, its json and a picture, named like the photo.
+    """Predicts photos: for each, panoptic PNG, json and picture: `street.png`, `street.json`, `street_drawn.png`.
 
     Raises:
-        UserError: weights or a photo cannot be used, two photos have the same name, or `out` cannot be written.
+        UserError: weights or a photo cannot be used, a result would overwrite another one or a photo, or `out` cannot
+            be written.
     """
-    names = [photo.stem for photo in photos]
-    if doubled := next((name for name in names if names.count(name) > 1), None):
-        raise DataError(f"two photos are called '{doubled}': their results would overwrite each other, rename one")
-    predictor = load_predictor(recipe, weights)
-    for photo in tqdm(photos, "predict", unit="photo"):
-        result = predictor.predict(photo)
-        result.save(out / photo.stem)
-        write_picture(out / f"{photo.stem}_drawn.png", result.draw())
+    taken = {photo.resolve() for photo in photos}
+    for photo in photos:
+        for ending in (".png", ".json", "_drawn.png"):
+            path = (out / f"{photo.stem}{ending}").resolve()
+            if path in taken:
+                raise PlaceError(f"{path}: {photo} would overwrite it with its result: choose another --out or rename")
+            taken.add(path)
+    with logging_to(None):
+        device = builders.choose_device(recipe)
+        predictor = load_predictor(recipe, weights, device)
+        _say_where(device)
+        for photo in tqdm(photos, "predict", unit="photo"):
+            result = predictor.predict(photo)
+            result.save(out / photo.stem)
+            write_png(out / f"{photo.stem}_drawn.png", result.draw())
     print(f"{len(photos)} results in {out}")
 
 
@@ -332,14 +371,3 @@ def demo() -> Path:
     minutes = (time.monotonic() - began) / 60
     print(f"the demo took {minutes:.1f} minutes; open {page} in a browser")
     return page
-
-
-def write_picture(path: Path, picture: NDArray[np.uint8]) -> None:
-    """Writes an RGB picture as PNG.
-
-    Raises:
-        PlaceError: it cannot be written.
-    """
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(cv2.imencode(".png", picture[..., ::-1])[1].tobytes())

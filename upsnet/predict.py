@@ -1,6 +1,5 @@
 """Photo in, panoptic result out: what a program that uses UPSNet wants."""
 
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -8,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -23,8 +21,9 @@ from upsnet.dataset.batches import collate
 from upsnet.dataset.photos import read_photo
 from upsnet.dataset.transforms import Transform, padded_size, scaled_size
 from upsnet.engine.inference_loop import predict_batches
-from upsnet.engine.places import writing
 from upsnet.engine.precision import Precision
+from upsnet.evaluation.coco_files import panoptic_record, write_png
+from upsnet.evaluation.json_files import write_json
 from upsnet.structures.categories import Categories
 from upsnet.structures.class_tables import class_table
 from upsnet.structures.errors import DataError, RecipeError, WeightsError
@@ -70,12 +69,12 @@ class PanopticResult:
         self.segment_map: NDArray[np.int32] = prediction.segment_map
         self.instances: Detections | None = prediction.instances
         self.semantic_map: NDArray[np.int16] | None = prediction.semantic_map
-        self._segments = prediction.segments
+        self._prediction = prediction
 
     @property
     def segments(self) -> list[ResultSegment]:
         """The segments of the map: stuff first, then things."""
-        return [self._describe(segment) for segment in self._segments]
+        return [self._describe(segment) for segment in self._prediction.segments]
 
     def _describe(self, segment: Segment) -> ResultSegment:
         category = self.categories[segment.semantic_id]
@@ -85,7 +84,8 @@ class PanopticResult:
 
     def draw(self, alpha: float = 0.5, names: bool = True) -> Picture:
         """The photo with coloured, outlined and named segments, uint8 RGB; small photos are drawn enlarged."""
-        return draw_panoptic(self.photo, self.segment_map, self._segments, self.categories, alpha=alpha, names=names)
+        segments = self._prediction.segments
+        return draw_panoptic(self.photo, self.segment_map, segments, self.categories, alpha=alpha, names=names)
 
     def save(self, path: str | Path) -> None:
         """Writes `path.png` and `path.json` in the COCO panoptic format (the PNG lies beside the json).
@@ -94,28 +94,19 @@ class PanopticResult:
             PlaceError: they cannot be written.
         """
         stem = Path(path)
-        png, record = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.json")
+        png = stem.with_name(f"{stem.name}.png")
         height, width = self.segment_map.shape
-        segments = [
+        image = {"id": 1, "file_name": self._prediction.file_name or png.name, "height": height, "width": width}
+        record = panoptic_record(self._prediction, png.name, self.categories)
+        write_png(png, id_to_rgb(self.segment_map))
+        write_json(
+            stem.with_name(f"{stem.name}.json"),
             {
-                "id": s.id,
-                "category_id": s.category_id,
-                "area": s.area,
-                "bbox": list(s.bbox),
-                "iscrowd": 0,
-                **({} if s.score is None else {"score": s.score}),
-            }
-            for s in self.segments
-        ]
-        document = {
-            "images": [{"id": 1, "file_name": stem.name, "height": height, "width": width}],
-            "annotations": [{"image_id": 1, "file_name": png.name, "segments_info": segments}],
-            "categories": self.categories.to_coco(),
-        }
-        with writing(stem):
-            stem.parent.mkdir(parents=True, exist_ok=True)
-            png.write_bytes(cv2.imencode(".png", id_to_rgb(self.segment_map)[..., ::-1])[1].tobytes())
-            record.write_text(json.dumps(document))
+                "images": [image],
+                "annotations": [{**record, "image_id": 1}],
+                "categories": self.categories.to_coco(),
+            },
+        )
 
 
 class Predictor:
@@ -156,31 +147,37 @@ class Predictor:
 
     def _predict_all(self, photos: Sequence[Photo]) -> list[PanopticResult]:
         pictures = [_to_picture(photo) for photo in photos]
+        names = [Path(photo).name if isinstance(photo, str | Path) else "" for photo in photos]
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
         for i, picture in enumerate(pictures):
             height, width = picture.shape[:2]
             groups[padded_size(scaled_size(height, width, self._transform.scale(height, width, i)))].append(i)
         parts = [g[k : k + self._batch_size] for g in groups.values() for k in range(0, len(g), self._batch_size)]
-        batches = (collate([self._sample(pictures[i], i) for i in part]) for part in parts)
+        batches = (collate([self._sample(pictures[i], names[i], i) for i in part]) for part in parts)
         results: dict[int, PanopticResult] = {}
         for prediction in predict_batches(self.model, batches, self._precision):
             i = prediction.image_id
             results[i] = PanopticResult(pictures[i], prediction, self.categories)
         return [results[i] for i in range(len(pictures))]
 
-    def _sample(self, picture: Picture, number: int) -> Sample:
+    def _sample(self, picture: Picture, name: str, number: int) -> Sample:
         height, width = picture.shape[:2]
         scale = self._transform.scale(height, width, number)
-        return Sample(number, str(number), self._transform.image(picture, scale), (height, width), scale)
+        return Sample(number, name, self._transform.image(picture, scale), (height, width), scale)
 
 
 def _to_picture(photo: Photo) -> Picture:
     if isinstance(photo, str | Path):
         return read_photo(Path(photo), apply_exif=True)
     if isinstance(photo, Image.Image):
-        return np.asarray(ImageOps.exif_transpose(photo).convert("RGB"))
-    if photo.ndim != 3 or photo.shape[2] != 3 or photo.dtype != np.uint8:
-        raise DataError(f"a photo array must be H×W×3 uint8 RGB, got shape {photo.shape} of {photo.dtype}")
+        try:
+            return np.asarray(ImageOps.exif_transpose(photo).convert("RGB"))
+        except OSError as error:  # PIL decodes only now
+            raise DataError(f"a photo cannot be decoded ({error}): copy or download it again") from error
+    if not isinstance(photo, np.ndarray):
+        raise DataError(f"a photo must be a path, a PIL image or an H×W×3 uint8 RGB array, not {type(photo).__name__}")
+    if photo.ndim != 3 or photo.shape[2] != 3 or photo.dtype != np.uint8 or photo.size == 0:
+        raise DataError(f"a photo array must be H×W×3 uint8 RGB, not {photo.dtype} of shape {photo.shape}")
     return photo
 
 
@@ -212,6 +209,7 @@ def load_predictor(recipe: Recipe, weights: Path | None = None, device: torch.de
     """`load` for a recipe that is already read."""
     file = read_weights(weights) if weights is not None else None
     categories = _categories_of(recipe, file)
+    builders.check_class_counts(recipe, categories, f"the class table of {weights or recipe.dataset.dataset}")
     network = builders.build_network(recipe, categories)
     if weights is None:
         _start_untrained(recipe, network)

@@ -9,7 +9,7 @@ from upsnet.config.original_keys import ONE_VALUE
 from upsnet.config.schema import recipe_keys
 
 PACKAGE = Path(__file__).resolve().parent.parent.parent / "upsnet"
-CHECKED_BY_THE_SCHEMA = {"network.num_anchors"}
+CHECKED_BY_THE_SCHEMA = {"network.num_anchors", "system"}
 
 
 def readers() -> str:

@@ -77,6 +77,11 @@ def test_a_resumed_run_goes_on_where_it_stopped():
         assert list(resumed) == whole[start * 2 :] and len(resumed) == len(whole) - start * 2
 
 
+def test_without_shuffling_the_order_is_that_of_the_data_set():
+    row = [e for batch in entries(5, 2, 1, 1, seed=4, steps=5, shuffle=False).values() for e in batch]
+    assert row == [0, 1, 2, 3, 4] * 2
+
+
 def test_a_step_larger_than_the_data_set():
     (batch,) = TrainingSampler(3, 8, seed=2, steps=1)
     assert max(Counter(draw.entry for draw in batch).values()) <= 3

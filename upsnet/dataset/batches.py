@@ -53,7 +53,7 @@ def _pad(planes: Tensor, height: int, width: int, value: int) -> Tensor:
 
 
 class TrainingSampler(Sampler[list[Draw]]):
-    """Micro-batches of an endless training: epoch after epoch in random order, without a gap between them.
+    """Micro-batches of an endless training: epoch after epoch, without a gap between them.
 
     Step k takes the positions k·T … (k+1)·T-1 of that row, T = batch_size · accumulation · num_workers; workers and,
     within them, micro-batches take consecutive parts. So every way to the same T sees the same photos in a step, and a
@@ -70,16 +70,18 @@ class TrainingSampler(Sampler[list[Draw]]):
         seed: int = 0,
         start_step: int = 0,
         steps: int = 1,
+        shuffle: bool = True,
     ) -> None:
         """Args:
         length: entries of the data set. worker: rank of this process, of num_workers.
+        shuffle: every epoch has a random order of its own; else that of the data set.
         start_step, steps: the steps start_step … steps-1 are given, `accumulation` micro-batches for each.
         """
         if length < 1:
             raise ValueError("a sampler needs at least one entry")
         self.length, self.batch_size, self.accumulation = length, batch_size, accumulation
         self.worker, self.num_workers = worker, num_workers
-        self.seed, self.start_step, self.steps = seed, start_step, steps
+        self.seed, self.start_step, self.steps, self.shuffle = seed, start_step, steps, shuffle
         self._epochs: dict[int, Tensor] = {}
 
     def __iter__(self) -> Iterator[list[Draw]]:
@@ -96,6 +98,8 @@ class TrainingSampler(Sampler[list[Draw]]):
     def index_at(self, position: int) -> int:
         """The entry at a position of the endless row."""
         epoch, offset = divmod(position, self.length)
+        if not self.shuffle:
+            return offset
         if epoch not in self._epochs:
             generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
             self._epochs = {e: order for e, order in self._epochs.items() if e == epoch - 1}

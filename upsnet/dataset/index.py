@@ -212,4 +212,5 @@ def _rows_in_order(ends: Ints, order: Ints) -> Ints:
 
 
 def bytes_of(index: Any) -> int:
+    """Memory of the arrays that are fields of a dataclass."""
     return sum(getattr(getattr(index, field.name), "nbytes", 0) for field in fields(index))
