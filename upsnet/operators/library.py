@@ -99,7 +99,7 @@ def _deform_conv2d_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
 
 
 def _nms_sorted_shape(boxes: Tensor, groups: Tensor | None, threshold: float) -> Tensor:
-    return boxes.new_empty(boxes.shape[0], dtype=torch.bool)
+    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
 
 
 def _register() -> None:

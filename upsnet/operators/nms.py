@@ -58,15 +58,16 @@ def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
     if inclusive:
         boxes = to_exclusive(boxes)
     order = scores.sort(stable=True, descending=True).indices
-    kept = torch.zeros_like(scores, dtype=torch.bool)
     if library.covers_nms(boxes):
-        by_group = order[groups[order].sort(stable=True).indices]
-        kept[by_group] = torch.ops.upsnet.nms_sorted(boxes[by_group], groups[by_group].long(), iou_threshold)
-    else:
-        for group in groups.unique():
-            members = (groups == group).nonzero().squeeze(1)
-            kept[members[torchvision.ops.nms(boxes[members], scores[members], iou_threshold)]] = True
-    return order[kept[order]]
+        by_group = groups[order].sort(stable=True).indices
+        ordered = order[by_group]
+        kept = torch.ops.upsnet.nms_sorted(boxes[ordered], groups[ordered].long(), iou_threshold)
+        return order[by_group[kept].sort().values]
+    flags = torch.zeros_like(scores, dtype=torch.bool)
+    for group in groups.unique():
+        members = (groups == group).nonzero().squeeze(1)
+        flags[members[torchvision.ops.nms(boxes[members], scores[members], iou_threshold)]] = True
+    return order[flags[order]]
 
 
 def to_exclusive(boxes: Tensor) -> Tensor:

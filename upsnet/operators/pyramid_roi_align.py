@@ -27,15 +27,17 @@ def pyramid_roi_align(features: Sequence[Tensor], rois: Tensor, output_size: int
 
     Returns:
         R×C×output_size×output_size, in the order of the RoIs: the mean of 2×2 bilinear samples a bin, coordinates
-        without half-pixel shift.
+        without half-pixel shift. Half precision computes in float32 and returns the features' dtype.
     """
     levels = roi_levels(rois[:, 1:], len(features))
     pooled = features[0].new_zeros(len(rois), features[0].shape[1], output_size, output_size)
+    # The eight bits of bfloat16 would move a box at 1000 pixels by up to 4.
+    dtype = torch.promote_types(pooled.dtype, torch.float32)
     for i, feature in enumerate(features):
         members = torch.nonzero(levels == i).flatten()
         if len(members):
             part = roi_align(
-                feature, rois[members].to(feature.dtype), output_size, spatial_scale=1 / (4 * 2**i), sampling_ratio=2
+                feature.to(dtype), rois[members].to(dtype), output_size, spatial_scale=1 / (4 * 2**i), sampling_ratio=2
             )
-            pooled = pooled.index_copy(0, members, part)
+            pooled = pooled.index_copy(0, members, part.to(pooled.dtype))
     return pooled

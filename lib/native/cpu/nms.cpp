@@ -7,7 +7,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <optional>
 #include <vector>
@@ -75,7 +77,8 @@ float float_below(double threshold) {
   return double(rounded) > threshold ? std::nextafter(rounded, -std::numeric_limits<float>::infinity()) : rounded;
 }
 
-// boxes[n, 4] float32 by descending preference; groups[n] int64, equal values adjacent, or none. Returns keep[n] bool.
+// boxes[n, 4] float32 by descending preference; groups[n] int64, equal values adjacent, or none.
+// Returns the positions of the kept boxes, ascending, int64.
 Tensor nms_sorted(const Tensor& boxes, std::optional<Tensor> groups, double threshold) {
   STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4 && boxes.scalar_type() == ScalarType::Float,
                   "nms_sorted: boxes must be float32 of shape (n, 4)");
@@ -104,10 +107,12 @@ Tensor nms_sorted(const Tensor& boxes, std::optional<Tensor> groups, double thre
     while (group && end < n && (end <= i || group[end] == group[i])) ++end;
     if (!removed[i]) row(columns_of, i, end, limit, removed.data());
   }
-  Tensor keep = torch::stable::empty({n}, ScalarType::Bool, std::nullopt, boxes.device());
-  bool* flags = keep.mutable_data_ptr<bool>();
-  for (int64_t i = 0; i < n; ++i) flags[i] = !removed[i];
-  return keep;
+  const int64_t count = std::count(removed.begin(), removed.end(), uint8_t(0));
+  Tensor kept = torch::stable::empty({count}, ScalarType::Long, std::nullopt, boxes.device());
+  int64_t* position = kept.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < n; ++i)
+    if (!removed[i]) *position++ = i;
+  return kept;
 }
 
 }  // namespace
