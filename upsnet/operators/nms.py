@@ -28,7 +28,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         kept: Tensor = torchvision.ops.nms(boxes, scores, iou_threshold)
         return kept
     order = scores.sort(stable=True, descending=True).indices
-    return order[torch.ops.upsnet.nms_sorted(boxes[order], None, iou_threshold)]
+    return order[torch.ops.upsnet.nms_sorted(boxes.index_select(0, order), None, iou_threshold)]
 
 
 def nms_inclusive(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -61,7 +61,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
     if library.covers_nms(boxes):
         by_group = groups[order].sort(stable=True).indices
         ordered = order[by_group]
-        kept = torch.ops.upsnet.nms_sorted(boxes[ordered], groups[ordered].long(), iou_threshold)
+        kept = torch.ops.upsnet.nms_sorted(boxes.index_select(0, ordered), groups[ordered].long(), iou_threshold)
         return order[by_group[kept].sort().values]
     flags = torch.zeros_like(scores, dtype=torch.bool)
     for group in groups.unique():

@@ -157,6 +157,9 @@ Tensor dense(const Tensor& tensor, bool& is_channels_last) {
   return is_channels_last ? tensor : torch::stable::contiguous(tensor);
 }
 
+// Items per thread worth waking one for, if each item moves `size` values.
+int64_t grain(int64_t size) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, size)); }
+
 // weight[O, C, taps] -> [tap][panel][depth][lane]; the lanes are outputs (forward) or channels (backward).
 template <class T>
 Zeros<T> pack_weight(const Tensor& weight, int64_t panel, bool lanes_are_outputs) {
@@ -165,7 +168,7 @@ Zeros<T> pack_weight(const Tensor& weight, int64_t panel, bool lanes_are_outputs
   const int64_t panels = round_up(wide, panel) / panel;
   Zeros<T> packed(taps * panels * panel * depth);
   const T* source = weight.const_data_ptr<T>();
-  torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, panels, grain(panel * depth * taps), [&](int64_t begin, int64_t end) {
     for (int64_t lane = begin * panel; lane < std::min(end * panel, wide); ++lane)
       for (int64_t p = 0; p < depth; ++p) {
         const T* from = source + (lanes_are_outputs ? lane * channels + p : p * channels + lane) * taps;
@@ -256,7 +259,7 @@ Part<T> make_part(const BackwardTask<T>& task, const Entry<T>& use, int64_t begi
 template <class T>
 void add_inputs(const Deform<T>& d, const std::vector<std::optional<Part<T>>>& parts, const Plane<T>& grad_input) {
   const int64_t row_size = d.width * d.channels;
-  torch::stable::parallel_for(0, d.images * d.height, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, d.images * d.height, grain(row_size), [&](int64_t begin, int64_t end) {
     const Zeros<T> sum(row_size);
     for (int64_t row = begin; row < end; ++row) {
       std::fill_n(sum.get(), row_size, T(0));
@@ -274,7 +277,7 @@ template <class T>
 void add_weights(const Deform<T>& d, const Entry<T>& use, const std::vector<std::optional<Part<T>>>& parts,
                  T* grad_weight, T* grad_bias) {
   const int64_t taps = d.taps(), row = use.weight_row(d), tap_size = use.weight_rows(d) * row;
-  torch::stable::parallel_for(0, d.outputs, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, d.outputs, grain(d.channels * taps), [&](int64_t begin, int64_t end) {
     std::vector<T> sum(row);
     for (int64_t o = begin; o < end; ++o) {
       for (int64_t tap = 0; tap < taps; ++tap) {
