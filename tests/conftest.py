@@ -1,8 +1,9 @@
-"""Where tests find the real data that is never committed, and how they say so when it is not there."""
+"""Where tests find the real data that is never committed; and one tiny training that many tests look at."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,3 +32,11 @@ def shared() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A `TinyRun`: the whole road once, for all tests that look at what lies beside it."""
+    from tests.tiny import run_once
+
+    return run_once(tmp_path_factory.mktemp("tiny"))

@@ -5,8 +5,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from upsnet.structures.errors import UserError
+
+if TYPE_CHECKING:
+    from upsnet.config import Recipe
 
 USER_ERROR, INTERRUPTED = 2, 130
 """Exit codes: something that the user can mend (argparse uses the same), and Ctrl-C."""
@@ -122,29 +126,34 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(action=_demo)
 
 
-# The commands are imported when one runs, so that `--help` does not wait for torch.
+# The commands are imported when one runs, so that neither `--help` nor a misspelt recipe waits for torch.
+
+
+def _recipe(options: argparse.Namespace) -> "Recipe":
+    from upsnet.config import load_recipe
+
+    return load_recipe(options.cfg, getattr(options, "overrides", ()))
 
 
 def _train(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
     from upsnet import commands
-    from upsnet.config import load_recipe
 
-    commands.train(load_recipe(options.cfg, options.overrides))
+    commands.train(recipe)
 
 
 def _test(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
     from upsnet import commands
-    from upsnet.config import load_recipe
 
-    weights = Path(options.weight_path) if options.weight_path else None
-    commands.test(load_recipe(options.cfg, options.overrides), weights, options.eval_only)
+    commands.test(recipe, Path(options.weight_path) if options.weight_path else None, options.eval_only)
 
 
 def _predict(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
     from upsnet import commands
-    from upsnet.config import load_recipe
 
-    commands.predict(load_recipe(options.cfg), Path(options.weight_path), options.photos, options.out)
+    commands.predict(recipe, Path(options.weight_path), options.photos, options.out)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -154,10 +163,10 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
     from upsnet import commands
-    from upsnet.config import load_recipe
 
-    commands.report(load_recipe(options.cfg, options.overrides), options.out)
+    commands.report(recipe, options.out)
 
 
 def _shapes(options: argparse.Namespace) -> None:

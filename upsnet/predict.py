@@ -4,6 +4,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, overload
 
@@ -151,7 +152,7 @@ class Predictor:
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
         for i, picture in enumerate(pictures):
             height, width = picture.shape[:2]
-            groups[padded_size(scaled_size(height, width, self._transform.scale(height, width, i)))].append(i)
+            groups[padded_size(scaled_size(height, width, self._scale(picture, names[i])))].append(i)
         parts = [g[k : k + self._batch_size] for g in groups.values() for k in range(0, len(g), self._batch_size)]
         batches = (collate([self._sample(pictures[i], names[i], i) for i in part]) for part in parts)
         results: dict[int, PanopticResult] = {}
@@ -161,9 +162,15 @@ class Predictor:
         return [results[i] for i in range(len(pictures))]
 
     def _sample(self, picture: Picture, name: str, number: int) -> Sample:
+        scale = self._scale(picture, name)
+        return Sample(number, name, self._transform.image(picture, scale), picture.shape[:2], scale)
+
+    def _scale(self, picture: Picture, name: str) -> float:
         height, width = picture.shape[:2]
-        scale = self._transform.scale(height, width, number)
-        return Sample(number, name, self._transform.image(picture, scale), (height, width), scale)
+        try:
+            return self._transform.scale(height, width, image_id=0)
+        except DataError as error:
+            raise DataError(f"{name}: {error}" if name else str(error)) from None
 
 
 def _to_picture(photo: Photo) -> Picture:
@@ -228,11 +235,13 @@ def load_trained(network: nn.Module, path: Path, categories: Categories, file: W
         WeightsError: it does not fit.
     """
     file = file or read_weights(path)
-    if file.categories is not None and file.categories != categories:
-        raise WeightsError(
-            f"{path} was trained on other classes ({file.categories}) than those of the data ({categories}): "
-            f"use the data set that it was trained on"
-        )
+    for position, (theirs, ours) in enumerate(zip_longest(file.categories or categories, categories)):
+        if theirs != ours:
+            was, wanted = (f"'{c.name}' (id {c.id})" if c else "nothing" for c in (theirs, ours))
+            raise WeightsError(
+                f"{path} was trained on other classes: number {position} is {was} there and {wanted} in the data: "
+                f"use the data set that it was trained on"
+            )
     load_into(network, file.state, str(path))
 
 

@@ -59,7 +59,7 @@ def _read_complete(path: Path) -> bytes:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}): check the path") from None
     # Neither marker can stand inside the compressed data of a JPEG, so an end must follow the last scan.
     cut_jpeg = data.startswith(b"\xff\xd8") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
     cut_png = data.startswith(b"\x89PNG") and _END_OF_PNG not in data

@@ -8,7 +8,7 @@ Three numberings meet here:
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from upsnet.structures.errors import DataError
@@ -16,12 +16,12 @@ from upsnet.structures.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Category:
-    """One class. `color` is RGB, 0..255, used for panoptic PNGs and pictures."""
+    """One class. `color` is RGB, 0..255, for pictures only: it makes no other class."""
 
     id: int
     name: str
     is_thing: bool
-    color: tuple[int, int, int]
+    color: tuple[int, int, int] = field(compare=False)
 
 
 class Categories:
