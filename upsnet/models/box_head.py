@@ -43,8 +43,8 @@ class BoxHead(nn.Module):
         pooled = pyramid_roi_align(levels, rois, POOLED_SIZE).flatten(1)
         hidden = F.relu(_on_vectors(self.norm6, self.fc6(pooled)))
         hidden = F.relu(_on_vectors(self.norm7, self.fc7(hidden)))
-        deltas = self.deltas(hidden).float()
-        return self.class_logits(hidden).float(), deltas.view(len(deltas), -1, 4)
+        logits, deltas = self.class_logits(hidden).float(), self.deltas(hidden).float()
+        return logits, deltas.view(*logits.shape, 4)
 
 
 def _on_vectors(norm: nn.Module, x: Tensor) -> Tensor:

@@ -105,6 +105,8 @@ def panoptic_loss(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
     The mean is over all pixels, padding included; pixels without a label count as 0. Accuracy: over labelled pixels.
     """
+    if len(logits) == 0:  # neither stuff classes nor instances nor unknown: there is nothing to tell apart
+        return logits.sum(), logits.detach().sum()
     loss = F.cross_entropy(logits[None], target[None], ignore_index=VOID, reduction="sum") / target.numel()
     labelled = target != VOID
     correct = (logits.detach().argmax(dim=0) == target) & labelled

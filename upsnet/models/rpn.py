@@ -99,7 +99,9 @@ def propose(
     """
     boxes, scores = [], []
     for level_logits, level_deltas, level_anchors in zip(*output.of_image(image), output.anchors, strict=True):
-        level_scores, best = level_logits.sigmoid().topk(min(options.pre_nms, len(level_logits)))
+        # Ranked as logits: a sigmoid rounds neighbours to ties, which rounding errors would then decide.
+        best_logits, best = level_logits.topk(min(options.pre_nms, len(level_logits)))
+        level_scores = best_logits.sigmoid()
         level_boxes = clip(decode(level_anchors[best], level_deltas[best]), size)
         if options.min_size > 0:
             width, height = widths_heights(level_boxes)

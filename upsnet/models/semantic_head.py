@@ -68,33 +68,36 @@ def semantic_loss(scores: Tensor, target: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def roi_loss(scores: Tensor, target: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+def roi_loss(scores: Tensor, bias: Tensor, target: Tensor, boxes: Sequence[Tensor]) -> Tensor:
     """Softmax cross-entropy of 28×28 crops around the things (UPSNet, section 3.2, "RoI loss"), mean over the images.
 
-    Pooling the scores equals scoring the pooled features, since both are linear. The mean is over all elements of an
-    image's crops; those without a label count as 0.
+    Scoring the pooled features equals pooling the scores, since both are linear; only the classifier's bias must stay
+    out of the pooling, which gives 0 beyond the border. The mean is over all elements of an image's crops; those
+    without a label count as 0.
 
     Args:
-        scores: B×S×h×w at stride 4. target: B×4h×4w semantic ids.
+        scores: B×S×h×w at stride 4, bias included. bias: S, the classifier's. target: B×4h×4w semantic ids.
         boxes: for each image G×4 boxes of its things, crowds left out, at network scale.
     """
+    bias = bias[:, None, None]
     losses = []
     for image, image_boxes in enumerate(boxes):
         if len(image_boxes) == 0:
             losses.append(scores.sum() * 0.0)
             continue
         rois = F.pad(image_boxes, (1, 0))
-        crops = roi_align(scores[image, None], rois, ROI_SIZE, spatial_scale=0.25, sampling_ratio=2)
+        crops = roi_align(scores[image, None] - bias, rois, ROI_SIZE, spatial_scale=0.25, sampling_ratio=2) + bias
         labels = torch.stack([_crop_labels(target[image], box) for box in image_boxes])
         losses.append(F.cross_entropy(crops, labels, ignore_index=VOID, reduction="sum") / labels.numel())
     return torch.stack(losses).mean()
 
 
 def _crop_labels(target: Tensor, box: Tensor) -> Tensor:
-    """The labels inside a box, resized to ROI_SIZE by nearest neighbour: the end of the box is exclusive."""
+    """The labels inside a box, its end exclusive, resized to ROI_SIZE by nearest neighbour as OpenCV does."""
     x1, y1, x2, y2 = (int(v) for v in box.round().tolist())
     x2, y2 = x2 + (x1 == x2), y2 + (y1 == y2)
     steps = torch.arange(ROI_SIZE, device=target.device, dtype=torch.float64)
-    rows = (y1 + (steps * ((y2 - y1) / ROI_SIZE)).floor().long()).clamp(0, target.shape[0] - 1)
-    columns = (x1 + (steps * ((x2 - x1) / ROI_SIZE)).floor().long()).clamp(0, target.shape[1] - 1)
+    # The step is the reciprocal of the enlargement, as OpenCV forms it: the quotient can differ in the last bit.
+    rows = (y1 + (steps * (1 / (ROI_SIZE / (y2 - y1)))).floor().long()).clamp(0, target.shape[0] - 1)
+    columns = (x1 + (steps * (1 / (ROI_SIZE / (x2 - x1)))).floor().long()).clamp(0, target.shape[1] - 1)
     return target[rows[:, None], columns[None, :]].long()

@@ -131,7 +131,9 @@ class UPSNet(nn.Module):
         losses["mask_loss"] = self._mask_loss(features, sampled, things, batch.scales)
         losses["fcn_loss"] = semantic_loss(features.scores, batch.semantic)
         if options.with_roi_loss:
-            losses["fcn_roi_loss"] = roi_loss(features.scores, batch.semantic, boxes)
+            bias = self.semantic_head.score.bias
+            assert bias is not None
+            losses["fcn_roi_loss"] = roi_loss(features.scores, bias, batch.semantic, boxes)
         losses["panoptic_loss"], metrics["panoptic_accuracy"] = self._panoptic_loss(features, batch, things, boxes)
         return TrainingOutput(losses, metrics)
 
