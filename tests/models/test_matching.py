@@ -1,0 +1,133 @@
+"""Matching and sampling against their loop twins, fed with the same draws."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.models.test_boxes import random_boxes
+from tests.reference import boxes as twin
+from upsnet.models.anchors import base_anchors, grid_anchors
+from upsnet.models.boxes import box_iou
+from upsnet.models.matching import (
+    IGNORED,
+    AnchorSampling,
+    RoISampling,
+    mask_targets,
+    match_anchors,
+    sample_rois,
+)
+from upsnet.structures.draws import SeededDraws
+from upsnet.structures.masks import Bitmap, Masks, Polygons
+
+NONE = torch.zeros(0, 4)
+SIZE = (88, 120)
+TRUTHS = {
+    "none": NONE,
+    "one": torch.tensor([[20.0, 10, 60, 50]]),
+    "one pixel": torch.tensor([[37.0, 41, 37, 41]]),
+    "twins": torch.tensor([[20.0, 10, 60, 50], [20.0, 10, 60, 50]]),
+    "tied with several anchors": torch.tensor([[16.0, 16, 47, 47]]),
+    "on the border": torch.tensor([[0.0, 0, 119, 87], [100.0, 60, 119, 87]]),
+    "outside": torch.tensor([[200.0, 200, 240, 240]]),
+    "many": random_boxes(12, 0, 80.0).clamp(min=0),
+}
+
+
+def anchors():
+    levels = [grid_anchors(base_anchors(stride), 96 // stride, 128 // stride, stride) for stride in (8, 16, 32)]
+    return torch.cat(levels)
+
+
+ANCHOR_OPTIONS = {
+    "default": AnchorSampling(),
+    "small": AnchorSampling(batch_size=12),
+    "crowded": AnchorSampling(batch_size=10, positive_fraction=0.2, positive_overlap=0.3, negative_overlap=0.1),
+    "all positive": AnchorSampling(batch_size=6, positive_fraction=1.0, positive_overlap=0.2),
+    "straddling": AnchorSampling(batch_size=40, straddle=10.0),
+    "anywhere": AnchorSampling(batch_size=40, straddle=-1.0),
+}
+
+
+@pytest.mark.parametrize("options", ANCHOR_OPTIONS.values(), ids=ANCHOR_OPTIONS)
+@pytest.mark.parametrize("truth", TRUTHS.values(), ids=TRUTHS)
+def test_match_anchors(truth, options):
+    field = anchors()
+    labels, targets = match_anchors(field, truth, SIZE, options, SeededDraws(5))
+    expected, nearest = twin.match_anchors(field, truth, SIZE, options, SeededDraws(5))
+    assert labels.tolist() == [expected.get(i, IGNORED) for i in range(len(field))]
+    positive = torch.nonzero(labels == 1).flatten().tolist()
+    wanted = [twin.encode_one(field[i], truth[nearest[i]]) for i in positive]
+    torch.testing.assert_close(targets[positive], torch.tensor(wanted).reshape(-1, 4), rtol=1e-4, atol=1e-5)
+    assert len(positive) <= max(int(options.positive_fraction * options.batch_size), 0)
+
+
+def test_every_rule_of_the_anchors_is_met_in_these_cases():
+    field, seen = anchors(), set()
+    for truth in TRUTHS.values():
+        for options in ANCHOR_OPTIONS.values():
+            labels, _ = match_anchors(field, truth, SIZE, options, SeededDraws(5))
+            positive, negative = int((labels == 1).sum()), int((labels == 0).sum())
+            seen.add("no negatives" if negative == 0 and len(truth) else "negatives")
+            if positive == int(options.positive_fraction * options.batch_size):
+                seen.add("full of positives")
+            overlaps = box_iou(field, truth).amax(dim=1) if len(truth) else torch.zeros(len(field))
+            if (overlaps[labels == 1] < options.negative_overlap).any():
+                seen.add("weak positive")
+    assert seen == {"no negatives", "negatives", "full of positives", "weak positive"}
+
+
+def test_an_image_smaller_than_every_anchor():
+    labels, targets = match_anchors(anchors(), TRUTHS["one"], (8, 8), AnchorSampling(), SeededDraws(1))
+    assert (labels == IGNORED).all() and targets.abs().sum() == 0
+    labels, _ = match_anchors(NONE, TRUTHS["one"], (8, 8), AnchorSampling(), SeededDraws(1))
+    assert labels.shape == (0,)
+
+
+CLASSES = torch.arange(12) % 3 + 1
+ROI_OPTIONS = {
+    "default": RoISampling(),
+    "small": RoISampling(batch_size=16),
+    "few foreground": RoISampling(batch_size=10, foreground_fraction=0.1),
+    "half": RoISampling(batch_size=5, foreground_fraction=0.5),  # 2.5 rounds to 2
+    "hard background": RoISampling(batch_size=32, background_low=0.1, background_high=0.4),
+}
+
+
+@pytest.mark.parametrize("options", ROI_OPTIONS.values(), ids=ROI_OPTIONS)
+@pytest.mark.parametrize("crowd", ["none", "some", "all"])
+@pytest.mark.parametrize("truth", TRUTHS.values(), ids=TRUTHS)
+@pytest.mark.parametrize("count", [0, 1, 60])
+def test_sample_rois(truth, crowd, count, options):
+    near = truth[torch.arange(count // 2) % len(truth)] + random_boxes(count // 2, 3, 20.0) if len(truth) else NONE
+    proposals = torch.cat([random_boxes(count - len(near), 7), near])
+    is_crowd = torch.tensor([crowd == "all" or (crowd == "some" and i % 2 == 0) for i in range(len(truth))]).bool()
+    given = (proposals, truth, CLASSES[: len(truth)], is_crowd, options)
+    sampled = sample_rois(*given, SeededDraws(9))
+    expected = twin.sample_rois(*given, SeededDraws(9))
+    boxes = torch.from_numpy(np.array([box for box, _, _ in expected], dtype=np.float32).reshape(-1, 4))
+    assert torch.equal(sampled.boxes, boxes)
+    assert sampled.labels.tolist() == [label for _, label, _ in expected]
+    foreground = [(box, truth[owner]) for box, _, owner in expected if owner is not None]
+    assert sampled.num_foreground == len(foreground)
+    wanted = [twin.encode_one(box, target, options.box_weights) for box, target in foreground]
+    torch.testing.assert_close(sampled.box_targets, torch.tensor(wanted).reshape(-1, 4), rtol=1e-4, atol=1e-4)
+
+
+def test_a_crowd_lends_its_class_but_not_its_box():
+    crowd = torch.tensor([[10.0, 10, 50, 50]])
+    proposals = torch.tensor([[10.0, 10, 50, 48], [80.0, 80, 90, 90]])
+    sampled = sample_rois(proposals, crowd, torch.tensor([2]), torch.tensor([True]), RoISampling(), SeededDraws(1))
+    assert sampled.boxes.tolist() == proposals.tolist() and sampled.labels.tolist() == [2, 0]
+
+
+def test_mask_targets_come_from_the_nearest_mask():
+    square = Polygons((np.array([10.0, 10, 40, 10, 40, 40, 10, 40]),))
+    dot = Bitmap(70, 5, np.ones((1, 1), dtype=bool))
+    masks = Masks([square, dot])
+    boxes = torch.tensor([[10.0, 10, 40, 40], [70.0, 5, 70, 5], [60.0, 0, 72, 8], [200.0, 200, 220, 220]])
+    targets = mask_targets(boxes, masks, 14)
+    assert targets.shape == (4, 14, 14) and targets.dtype == torch.float32
+    for i, (mask, box) in enumerate(zip([square, dot, dot, square], boxes.double().numpy(), strict=True)):
+        assert np.array_equal(targets[i].numpy(), mask.crop(box, 14))
+    assert targets[0].mean() > 0.9 and targets[1].all() and 0 < targets[2].sum() < 20 and targets[3].sum() == 0
+    assert mask_targets(NONE, masks, 14).shape == (0, 14, 14)

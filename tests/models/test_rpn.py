@@ -1,0 +1,101 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.reference import heads as twin
+from upsnet.models.matching import AnchorSampling, match_anchors
+from upsnet.models.rpn import RPN, ProposalOptions, RPNOutput, propose, rpn_losses
+from upsnet.structures.draws import SeededDraws
+
+close = torch.testing.assert_close
+
+
+def rpn_of(seed=0, **options):
+    torch.manual_seed(seed)
+    rpn = RPN(16, **options)
+    for layer in (rpn.objectness, rpn.deltas):
+        torch.nn.init.normal_(layer.weight, std=0.5)
+    torch.nn.init.normal_(rpn.conv.weight, std=0.1)
+    return rpn
+
+
+def levels_of(height=64, width=96, images=2):
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(images, 16, -(-height // 2**i), -(-width // 2**i)) for i in range(2, 7)]
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+OPTIONS = {
+    "default": ProposalOptions(),
+    "few": ProposalOptions(pre_nms=30, post_nms=20),
+    "no small ones": ProposalOptions(pre_nms=60, min_size=9.0),
+    "nothing": ProposalOptions(pre_nms=60, min_size=1000.0),
+    "no suppression": ProposalOptions(nms_threshold=1.0, pre_nms=40, post_nms=100),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_propose(options):
+    with torch.no_grad():
+        output = rpn_of()(levels_of())
+    for image in range(2):
+        boxes, scores = propose(output, image, (60, 90), 1.5, options)
+        expected = twin.propose(output, image, (60, 90), 1.5, options)
+        close(scores, torch.tensor([score for score, _ in expected]))
+        close(boxes, torch.tensor([box for _, box in expected]).reshape(-1, 4), rtol=1e-4, atol=1e-3)
+        assert (len(boxes) == 0) == (options.min_size == 1000.0)
+
+
+def test_shapes_and_other_anchors():
+    rpn = rpn_of(ratios=(0.5, 2.0), scales=(4.0, 8.0))
+    output = rpn(levels_of())
+    assert [tuple(level.shape) for level in output.logits][:2] == [(2, 4, 16, 24), (2, 4, 8, 12)]
+    assert [len(a) for a in output.anchors] == [level[0].numel() for level in output.logits]
+    logits, deltas = output.of_image(1)
+    assert logits[0][4 * (3 * 24 + 5) + 2] == output.logits[0][1, 2, 3, 5]
+    assert torch.equal(deltas[0][4 * (3 * 24 + 5) + 2], output.deltas[0][1, 8:12, 3, 5])
+    assert not [name for name in rpn.state_dict() if "anchor" in name]
+
+
+def test_losses():
+    output = rpn_of()(levels_of())
+    truth = [torch.tensor([[3.0, 4, 40, 50], [60, 10, 61, 11]]), torch.zeros(0, 4)]
+    sizes, options = [(64, 96), (50, 70)], AnchorSampling(batch_size=64)
+    class_loss, box_loss = rpn_losses(output, truth, sizes, options, [SeededDraws(1), SeededDraws(2)])
+    expected = [0.0, 0.0]
+    for image, draws in enumerate((SeededDraws(1), SeededDraws(2))):
+        anchors = torch.cat(output.anchors)
+        labels, targets = match_anchors(anchors, truth[image], sizes[image], options, draws)
+        logits, deltas = (torch.cat(parts) for parts in output.of_image(image))
+        sampled = [i for i, label in enumerate(labels.tolist()) if label >= 0]
+        for i in sampled:
+            expected[0] += F.softplus(-logits[i] if labels[i] == 1 else logits[i]).item() / 64 / 2
+            if labels[i] == 1:
+                for d in (deltas[i] - targets[i]).abs().tolist():
+                    expected[1] += (4.5 * d * d if d < 1 / 9 else d - 1 / 18) / len(sampled) / 2
+    close(torch.stack([class_loss, box_loss]), torch.tensor(expected), rtol=1e-4, atol=1e-6)
+    assert class_loss > 0 and box_loss > 0
+
+
+def test_without_any_anchor_inside():
+    output = rpn_of()(levels_of())
+    class_loss, box_loss = rpn_losses(
+        output, [torch.tensor([[0.0, 0, 5, 5]])] * 2, [(6, 6)] * 2, AnchorSampling(), [SeededDraws(1)] * 2
+    )
+    (class_loss + box_loss).backward()
+    assert class_loss == 0 and box_loss == 0
+
+
+def test_an_empty_level_is_no_trouble():
+    output = RPNOutput([torch.zeros(1, 3, 0, 0)], [torch.zeros(1, 12, 0, 0)], [torch.zeros(0, 4)])
+    boxes, scores = propose(output, 0, (10, 10), 1.0, ProposalOptions())
+    assert boxes.shape == (0, 4) and scores.shape == (0,)
+
+
+def test_scores_that_round_to_the_same_number_are_ranked_by_their_logits():
+    logits = 20 + torch.randperm(24, generator=torch.Generator().manual_seed(0)).float().reshape(1, 3, 2, 4) / 10
+    anchors = torch.tensor([[20.0 * i, 0, 20 * i + 9, 9] for i in range(24)])
+    output = RPNOutput([logits], [torch.zeros(1, 12, 2, 4)], [anchors])
+    boxes, scores = propose(output, 0, (10, 500), 1.0, ProposalOptions(pre_nms=10))
+    assert (scores == 1).all()
+    assert torch.equal(boxes, anchors[output.of_image(0)[0][0].argsort(descending=True)[:10]])

@@ -1,0 +1,112 @@
+"""Slow, obvious twins of the arithmetic on boxes and of the rules that match them: one box at a time."""
+
+import math
+
+import numpy as np
+import torch
+
+ONE, HALF = np.float32(1), np.float32(0.5)
+
+
+def iou(a, b):
+    """Of two inclusive float32 boxes, rounded where `box_iou` says that it rounds."""
+
+    def area(box):
+        return (float(box[2] - box[0]) + 1) * (float(box[3] - box[1]) + 1)
+
+    width = float(min(a[2], b[2]) - max(a[0], b[0])) + 1
+    height = float(min(a[3], b[3]) - max(a[1], b[1])) + 1
+    if width <= 0 or height <= 0:
+        return np.float32(0)
+    overlap = np.float32(width) * np.float32(height)
+    return overlap / np.float32(area(a) + float(np.float32(area(b))) - float(overlap))
+
+
+def box_iou(boxes, others):
+    rows = [[iou(a, b) for b in others.numpy()] for a in boxes.numpy()]
+    return torch.from_numpy(np.array(rows, dtype=np.float32).reshape(len(boxes), len(others)))
+
+
+def encode_one(box, target, weights=(1, 1, 1, 1)):
+    """dx, dy, dw, dh in double precision."""
+    (x1, y1, x2, y2), (tx1, ty1, tx2, ty2) = (list(map(float, b)) for b in (box, target))
+    width, height, target_width, target_height = x2 - x1 + 1, y2 - y1 + 1, tx2 - tx1 + 1, ty2 - ty1 + 1
+    return [
+        weights[0] * ((tx1 + target_width / 2) - (x1 + width / 2)) / width,
+        weights[1] * ((ty1 + target_height / 2) - (y1 + height / 2)) / height,
+        weights[2] * math.log(target_width / width),
+        weights[3] * math.log(target_height / height),
+    ]
+
+
+def decode_one(box, delta, weights=(1, 1, 1, 1)):
+    x1, y1, x2, y2 = map(float, box)
+    dx, dy, dw, dh = (float(d) / w for d, w in zip(delta, weights, strict=True))
+    width, height = x2 - x1 + 1, y2 - y1 + 1
+    center_x, center_y = x1 + width / 2 + dx * width, y1 + height / 2 + dy * height
+    width, height = width * math.exp(min(dw, math.log(1000 / 16))), height * math.exp(min(dh, math.log(1000 / 16)))
+    return [center_x - width / 2, center_y - height / 2, center_x + width / 2 - 1, center_y + height / 2 - 1]
+
+
+def clip_one(box, size):
+    height, width = size
+    x1, y1, x2, y2 = box
+    return [min(max(v, 0), top - 1) for v, top in ((x1, width), (y1, height), (x2, width), (y2, height))]
+
+
+def match_anchors(anchors, truth, size, options, draws):
+    """The rules of facts 7.3, anchor by anchor: {anchor: 0 or 1} and {anchor: index of its box}."""
+    height, width = size
+    inside = []
+    for i, (x1, y1, x2, y2) in enumerate(anchors.tolist()):
+        s = options.straddle
+        if s < 0 or (x1 >= -s and y1 >= -s and x2 < width + s and y2 < height + s):
+            inside.append(i)
+    overlaps = {i: [iou(anchors[i].numpy(), g) for g in truth.numpy()] for i in inside}
+    best = {i: max(overlaps[i], default=np.float32(0)) for i in inside}
+    labels = {}
+    for i in inside:
+        if len(truth) and best[i] >= options.positive_overlap:
+            labels[i] = 1
+    for g in range(len(truth)):
+        most = max((overlaps[i][g] for i in inside), default=None)
+        for i in inside:
+            if overlaps[i][g] == most:
+                labels[i] = 1
+    nearest = {i: overlaps[i].index(best[i]) for i in inside if len(truth)}
+
+    # Draws are made over positions among the inside anchors.
+    positives = [position for position, i in enumerate(inside) if labels.get(i) == 1]
+    excess = len(positives) - int(options.positive_fraction * options.batch_size)
+    if excess > 0:
+        for position in draws.choose(torch.tensor(positives), excess).tolist():
+            del labels[inside[position]]
+    wanted = options.batch_size - len(labels)
+    negatives = [position for position, i in enumerate(inside) if best[i] < np.float32(options.negative_overlap)]
+    if len(negatives) > wanted:
+        for position in draws.choose(torch.tensor(negatives), wanted).tolist():
+            labels[inside[position]] = 0
+    return labels, nearest
+
+
+def sample_rois(proposals, truth, classes, is_crowd, options, draws):
+    """The rules of facts 8.1: a list of (box, label, index of its truth or None)."""
+    boxes = [*truth.numpy(), *proposals.numpy()]
+    foreground, background, owner = [], [], {}
+    for i, box in enumerate(boxes):
+        if i < len(truth):
+            overlap, owner[i] = (-1.0 if is_crowd[i] else 1.0), i
+        else:
+            overlaps = [iou(box, g) for g in truth.numpy()]
+            overlap = max(overlaps, default=np.float32(0))
+            owner[i] = overlaps.index(overlap) if overlaps else None
+        if overlap >= options.foreground_overlap:
+            foreground.append(i)
+        if options.background_low <= overlap < options.background_high:
+            background.append(i)
+    most = min(round(options.foreground_fraction * options.batch_size), len(foreground))
+    chosen = draws.choose(torch.tensor(foreground, dtype=torch.int64), most).tolist()
+    rest = min(options.batch_size - most, len(background))
+    others = draws.choose(torch.tensor(background, dtype=torch.int64), rest).tolist()
+    found = [(boxes[i], int(classes[owner[i]]), owner[i]) for i in chosen]
+    return found + [(boxes[i], 0, None) for i in others]
