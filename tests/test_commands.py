@@ -75,7 +75,7 @@ def test_the_start_is_summed_up(tiny_run):
     err = tiny_run.trained.err
     for said in (
         "running on ", "native operators: ", "6 images (12 entries with mirrored copies)",
-        "3 thing and 2 stuff classes", "million are trained", "losses: 1 rpn_cls_loss, ", "0.5 panoptic_loss",
+        "3 thing and 2 stuff classes", "million are trained", "1 mask_loss, 1 fcn_loss, 0.5 panoptic_loss",
         "total batch 2 = 1 worker × 2 images × 1 micro-batches; 6 steps an epoch, 2 steps in all",
     ):  # fmt: skip
         assert said in err, said

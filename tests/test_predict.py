@@ -171,10 +171,12 @@ def test_path_picture_and_array_are_the_same_photo(predictor, photos):
 
 
 def test_a_mixed_list_gives_the_same_as_one_at_a_time(predictor, photos):
+    with Image.open(photos[0]) as lying, Image.open(photos[4]) as things:
+        photos = [*photos, lying.resize((64, 24)), things.resize((25, 60))]
     alone = [predictor.predict(photo) for photo in photos]
-    for order in (range(6), (5, 2, 0, 4, 3, 1)):
+    for order in (range(8), (6, 5, 2, 7, 0, 4, 3, 1)):
         together = predictor.predict([photos[i] for i in order])
-        assert len(together) == 6 and all(same(t, alone[i]) for t, i in zip(together, order, strict=True))
+        assert len(together) == 8 and all(same(t, alone[i]) for t, i in zip(together, order, strict=True))
     assert predictor.predict([]) == []
 
 

@@ -28,14 +28,13 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         options.action(options)
-        return 0
     except UserError as error:
-        message, code = f"error: {error}", USER_ERROR
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return USER_ERROR
     except KeyboardInterrupt:
-        message, code = "interrupted", INTERRUPTED
-    # Only here, where the error and with it the frames of the loops are gone, have progress bars ended their line.
-    print(f"{parser.prog}: {message}", file=sys.stderr)
-    return code
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
 
 
 def training_parser(prog: str) -> argparse.ArgumentParser:
