@@ -92,6 +92,14 @@ def test_wrong_command_lines(arguments, fragment, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_threads_sleep_while_they_wait(monkeypatch):
+    """Set before a command imports torch, which reads it then; what the user has set stays."""
+    for given, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.delenv("OMP_WAIT_POLICY") if given is None else monkeypatch.setenv("OMP_WAIT_POLICY", given)
+        upsnet("train", "--cfg", "nowhere")
+        assert os.environ["OMP_WAIT_POLICY"] == expected
+
+
 def test_a_training_takes_the_arguments_of_a_test(tmp_path):
     """The original has one parser for both, so that command lines may carry them."""
     ran = upsnet("train", "--cfg", write_tiny(tmp_path), "--eval_only", "--weight_path", "x.pth", "dataset.limit=0")
