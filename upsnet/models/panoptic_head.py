@@ -30,18 +30,20 @@ def segment_patch(box: list[float], size: tuple[int, int]) -> Patch:
 
 
 def _slices(start: int, stop: int, length: int) -> slice:
-    return slice(min(max(start, 0), length), min(max(stop, 0), length))
+    start = min(max(start, 0), length)
+    return slice(start, min(max(stop, start), length))
 
 
 def resized_mask(logits: Tensor, box: list[float], size: tuple[int, int]) -> tuple[Tensor, Patch]:
     """M×M mask logits resized to their box, cut to the map, and where they lie.
 
-    The box is truncated to integers at both ends and has at least one pixel.
+    The box is truncated to integers at both ends. Clipping at the border can turn a box inside out by a fraction of a
+    pixel: such a box covers nothing, as in the original.
     """
     x1, y1, x2, y2 = (int(v) for v in box)
+    rows, columns = _slices(y1, y2 + 1, size[0]), _slices(x1, x2 + 1, size[1])
     height, width = max(y2 - y1 + 1, 1), max(x2 - x1 + 1, 1)
     resized = F.interpolate(logits[None, None], size=(height, width), mode="bilinear", align_corners=False)[0, 0]
-    rows, columns = _slices(y1, y1 + height, size[0]), _slices(x1, x1 + width, size[1])
     return resized[rows.start - y1 : rows.stop - y1, columns.start - x1 : columns.stop - x1], (rows, columns)
 
 

@@ -43,8 +43,9 @@ def _paste(mask: Tensor, box: list[int], size: tuple[int, int], threshold: float
     height, width = max(y2 - y1 + 1, 1), max(x2 - x1 + 1, 1)
     resized = F.interpolate(mask[None, None], size=(height, width), mode="bilinear", align_corners=False)[0, 0]
     canvas = np.zeros(size, dtype=np.uint8, order="F")
-    top, bottom = max(y1, 0), min(y1 + height, size[0])
-    left, right = max(x1, 0), min(x1 + width, size[1])
+    # A box that clipping turned inside out by a fraction of a pixel covers nothing.
+    top, bottom = max(y1, 0), min(y2 + 1, size[0])
+    left, right = max(x1, 0), min(x2 + 1, size[1])
     if top < bottom and left < right:
         canvas[top:bottom, left:right] = (resized > threshold).numpy()[top - y1 : bottom - y1, left - x1 : right - x1]
     rle = coco_mask.encode(canvas)
