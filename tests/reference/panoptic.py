@@ -26,7 +26,7 @@ def mask_plane(logits, box, size):
     plane = torch.zeros(size)
     for y in range(size[0]):
         for x in range(size[1]):
-            if 0 <= y - y1 < height and 0 <= x - x1 < width:
+            if y1 <= y <= y2 and x1 <= x <= x2:
                 plane[y, x] = resized[y - y1, x - x1]
     return plane
 
@@ -142,8 +142,8 @@ def paste_mask(probabilities, box, size, threshold=0.5):
     y1, y2 = int((y1 + y2) / 2 - half_height), int((y1 + y2) / 2 + half_height)
     width, height = max(x2 - x1 + 1, 1), max(y2 - y1 + 1, 1)
     pasted, margin = np.zeros(size, dtype=bool), 1.0
-    for y in range(max(y1, 0), min(y1 + height, size[0])):
-        for x in range(max(x1, 0), min(x1 + width, size[1])):
+    for y in range(max(y1, 0), min(y2 + 1, size[0])):
+        for x in range(max(x1, 0), min(x2 + 1, size[1])):
             v = max((y - y1 + 0.5) * (side + 2) / height - 0.5, 0)
             u = max((x - x1 + 0.5) * (side + 2) / width - 0.5, 0)
             top, left = int(v), int(u)
