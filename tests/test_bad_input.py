@@ -230,7 +230,7 @@ def test_unwritable_output(folder):
     wall = folder / "wall"
     wall.write_text("")
     weights, photo = folder / "out/tiny/train/tiny_2.pth", folder / PHOTO.format("val")
-    says = [wall, "Not a directory", "choose another"]
+    says = [wall, "Not a directory", "make room or choose a folder"]
     refused(folder, "train", f"output_path={wall}/out", says=says)
     refused(folder, "test", f"output_path={wall}/out", says=says)
     refused(folder, "report", "--out", wall / "page", says=says[:2])
@@ -239,7 +239,7 @@ def test_unwritable_output(folder):
     (folder / "closed/tiny/val/results").write_text("")
     refused(
         folder, "test", f"output_path={folder}/closed", "--weight_path", weights,
-        says=[folder / "closed/tiny/val/results", "choose an output folder"],
+        says=[folder / "closed/tiny/val/results", "choose a folder"],
     )  # fmt: skip
 
 

@@ -70,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg", required=True, metavar="YAML", help="a recipe: yaml file, or name of a shipped one")
+    _add_overrides(parser)
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. train.lr=0.005 test.scales=[480]"
     )
@@ -122,6 +126,7 @@ def _add_shapes(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
+    _add_overrides(parser)
     parser.set_defaults(action=_demo)
 
 
@@ -177,4 +182,4 @@ def _shapes(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from upsnet import commands
 
-    commands.demo()
+    commands.demo(options.overrides)

@@ -360,10 +360,14 @@ DEMO_RECIPE = "upsnet_resnet18_shapes"
 DEMO_TRAIN, DEMO_VAL, DEMO_SEED = 1500, 100, 1
 
 
-def demo() -> Path:
-    """The whole road: makes `shapes`, trains on it, tests on images never seen, writes the report."""
+def demo(overrides: Sequence[str] = ()) -> Path:
+    """The whole road: makes `shapes`, trains on it, tests on images never seen, writes the report.
+
+    Args:
+        overrides: changes to the demo's recipe, e.g. `["train.max_iteration=5000"]`.
+    """
     began = time.monotonic()
-    recipe = load_recipe(DEMO_RECIPE)
+    recipe = load_recipe(DEMO_RECIPE, overrides)
     write_shapes(Path(recipe.dataset.dataset_path), DEMO_TRAIN, DEMO_VAL, DEMO_SEED)
     weights = train(recipe)
     test(recipe, weights)

@@ -8,10 +8,10 @@ import torch
 
 from tests.engine.toy import OPTIONS, Toy, batches, same_weights
 from upsnet.checkpoints.files import read_weights
-from upsnet.engine import places
 from upsnet.engine.optimizer import build_optimizer
 from upsnet.engine.snapshots import ResumeState, Snapshots, resume, state_path
 from upsnet.engine.train import train
+from upsnet.structures import places
 from upsnet.structures.categories import Categories, Category
 from upsnet.structures.errors import PlaceError, WeightsError
 
@@ -84,7 +84,7 @@ def test_full_disk_leaves_nothing_half_written(snapshots, monkeypatch, file, cal
             else:
                 patch.setattr(places, "open", lambda *arguments, fails=fails: _Full(fails, *arguments), raising=False)
             save(snapshots, iteration, network)
-        assert f"toy_{iteration}.pth cannot be written (No space left on device)" in str(caught.value)
+        assert f"toy_{iteration}.pth: No space left on device" in str(caught.value)
         assert {p.name: p.read_bytes() for p in snapshots.folder.iterdir()} == before
 
 
@@ -135,7 +135,7 @@ def test_stopped_between_the_renames_is_no_complete_pair(snapshots, monkeypatch)
 
 def test_unwritable_place(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(PlaceError, match=r"toy_4\.pth cannot be written .*output_path"):
+    with pytest.raises(PlaceError, match=r"toy_4\.pth: .*make room"):
         save(Snapshots(tmp_path / "file" / "out", "toy_", CATEGORIES, ""))
 
 

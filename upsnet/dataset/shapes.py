@@ -24,6 +24,7 @@ from upsnet.dataset.shapes_scene import Scene, draw_scene
 from upsnet.structures.categories import Categories, Category
 from upsnet.structures.errors import DataError, PlaceError
 from upsnet.structures.panoptic_png import id_to_rgb
+from upsnet.structures.places import not_written
 from upsnet.structures.results import segments_of
 
 SPLITS = ("train", "val")
@@ -86,7 +87,7 @@ def write_shapes(out: Path, train: int, val: int, seed: int, size: tuple[int, in
         finally:
             shutil.rmtree(growing, ignore_errors=True)
     except OSError as error:
-        raise PlaceError(f"cannot write the shapes data set to {out}: {error.strerror}; choose another --out") from None
+        raise not_written(out, error) from None
 
 
 def _already_there(out: Path, parameters: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from upsnet.engine.places import writing
+from upsnet.structures.places import writing
 
 LINE_FORMAT = "%(asctime)s | %(filename)s | line %(lineno)d: %(message)s"
 

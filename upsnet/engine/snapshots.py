@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from upsnet.checkpoints.files import FORMAT_VERSION, load_into, load_safely, read_weights
-from upsnet.engine.places import sync_folder, write_temporary, writing
 from upsnet.structures.categories import Categories
 from upsnet.structures.errors import WeightsError
+from upsnet.structures.places import sync_folder, write_temporary, writing
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from upsnet.evaluation.json_files import read_json, replacing, write_json
+from upsnet.evaluation.json_files import read_json, write_json
 from upsnet.evaluation.panoptic_quality import PanopticQuality
 from upsnet.structures.categories import Categories
 from upsnet.structures.errors import DataError, PlaceError
 from upsnet.structures.panoptic_png import rgb_to_id
+from upsnet.structures.places import replacing
 from upsnet.structures.results import Prediction, Segment, Truth
 from upsnet.structures.sample import VOID
 

@@ -2,39 +2,12 @@
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from upsnet.structures.errors import DataError, PlaceError
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes the place of `path` when the block ends well, else it is removed.
-
-    Raises:
-        PlaceError: the folder cannot be written or the disk is full.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, path)
-    except OSError as error:
-        _remove(part)
-        raise not_written(path, error) from error
-    except BaseException:
-        _remove(part)
-        raise
-
-
-def not_written(path: Path, error: OSError) -> PlaceError:
-    """The sentence for a file that could not be written."""
-    return PlaceError(
-        f"cannot write {path}: {error.strerror or error}: make room or choose an output folder that can be written"
-    )
+from upsnet.structures.places import not_written, remove, replacing
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -104,7 +77,7 @@ class JsonListWriter:
         """Leaves nothing behind, for instance after an error elsewhere."""
         with suppress(OSError):  # closing writes what is left; that the disk is full is being reported already
             self._file.close()
-        _remove(self._part)
+        remove(self._part)
 
 
 class JsonListReader:
@@ -150,8 +123,3 @@ class JsonListReader:
             raise DataError(f"{self._path}: is damaged or incomplete: run the test without --eval_only") from None
         if self._next is not None and "image_id" not in self._next:
             raise DataError(f"{self._path}: a record has no 'image_id': run the test without --eval_only")
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):  # a folder that cannot be written holds nothing of ours either
-        path.unlink(missing_ok=True)

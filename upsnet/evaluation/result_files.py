@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from upsnet.evaluation.coco_files import panoptic_record, read_panoptic, read_png, records_by_image, write_png
 from upsnet.evaluation.instance_ap import result_file
-from upsnet.evaluation.json_files import JsonListReader, JsonListWriter, not_written, read_json, write_json
+from upsnet.evaluation.json_files import JsonListReader, JsonListWriter, read_json, write_json
 from upsnet.structures.categories import Categories
 from upsnet.structures.errors import DataError, PlaceError
 from upsnet.structures.panoptic_png import id_to_rgb
+from upsnet.structures.places import writing
 from upsnet.structures.results import Detections, Prediction
 from upsnet.structures.sample import VOID
 
@@ -42,11 +43,9 @@ class ResultWriter:
         self._images: list[dict[str, Any]] = []
         self._names: set[str] = set()
         self._parts: list[str] | None = None
-        try:
+        with writing(folder / "index.json"):
             # What lies here from an earlier test is no longer complete from now on.
             (folder / "index.json").unlink(missing_ok=True)
-        except OSError as error:
-            raise not_written(folder / "index.json", error) from error
         self._panoptic = JsonListWriter(folder / "panoptic.json", head='{"annotations": [')
 
     def add(self, prediction: Prediction) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import cv2
 
-from upsnet.engine.places import writing
 from upsnet.report.curves import draw_curves
 from upsnet.report.gallery import GalleryItem, Row, build_row
 from upsnet.report.tables import number, quality_table
 from upsnet.structures.categories import Categories
+from upsnet.structures.places import replacing, writing
 
 _TEMPLATES = Path(__file__).parent
 
@@ -54,7 +54,9 @@ def write_report(
             old.unlink()
         for position, row in enumerate(rows, start=1):
             _write_png(pictures / f"{position:03d}_{row.image_id}.png", row)
-        page.write_text(_html(title, subtitle, categories, summary, error_summary or {}, history, rows), "utf-8")
+    html = _html(title, subtitle, categories, summary, error_summary or {}, history, rows)
+    with replacing(page) as part:
+        part.write_text(html, "utf-8")
     return page
 
 

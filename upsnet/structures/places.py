@@ -2,10 +2,17 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from upsnet.structures.errors import PlaceError
+
+
+def not_written(path: Path, error: OSError) -> PlaceError:
+    """The sentence for a file or folder that could not be written."""
+    return PlaceError(
+        f"cannot write {path}: {error.strerror or error}: make room or choose a folder that can be written"
+    )
 
 
 @contextmanager
@@ -14,8 +21,31 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise PlaceError(f"{path} cannot be written ({reason}): make room or choose another output_path") from error
+        raise not_written(path, error) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it takes the place of `path` when the block ends well, else it is removed.
+
+    Raises:
+        PlaceError: the folder cannot be written or the disk is full.
+    """
+    part = path.with_name(path.name + ".part")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield part
+            os.replace(part, path)
+        except BaseException:
+            remove(part)
+            raise
+
+
+def remove(path: Path) -> None:
+    """Removes a file, if it is there and can be removed."""
+    with suppress(OSError):  # a folder that cannot be written holds nothing of ours either
+        path.unlink(missing_ok=True)
 
 
 def write_temporary(path: Path, data: bytes | memoryview) -> Path:
@@ -31,7 +61,7 @@ def write_temporary(path: Path, data: bytes | memoryview) -> Path:
             file.flush()
             os.fsync(file.fileno())
     except OSError:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
         raise
     return temporary
 
