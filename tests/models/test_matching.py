@@ -83,6 +83,20 @@ def test_an_image_smaller_than_every_anchor():
     assert labels.shape == (0,)
 
 
+def test_an_anchor_may_touch_the_border_but_not_cross_it():
+    field = torch.tensor([[0.0, 0, 9, 9], [0, 0, 10, 9], [0, 0, 9, 10], [-1, 0, 8, 9], [0, 0, 9.5, 9]])
+    labels, _ = match_anchors(field, field[:1], (10, 10), AnchorSampling(batch_size=8), SeededDraws(1))
+    assert labels.tolist() == [1, IGNORED, IGNORED, IGNORED, 1]
+
+
+@pytest.mark.parametrize(("batch_size", "negatives"), [(4, 3), (5, 0), (6, 0)])
+def test_negatives_need_more_candidates_than_places(batch_size, negatives):
+    field = torch.tensor([[0.0, 0, 9, 9], *([20.0 * i, 20, 20 * i + 9, 29] for i in range(4))])
+    options = AnchorSampling(batch_size=batch_size)
+    labels, _ = match_anchors(field, field[:1], (100, 100), options, SeededDraws(1))
+    assert labels[0] == 1 and (labels == 0).sum() == negatives
+
+
 CLASSES = torch.arange(12) % 3 + 1
 ROI_OPTIONS = {
     "default": RoISampling(),

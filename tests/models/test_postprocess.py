@@ -120,6 +120,23 @@ def test_every_rule_of_the_merge_occurs():
     assert turned and 3 < len(stayed) < 30 and len(labels) < channels.size
 
 
+@pytest.mark.parametrize(("stuff_votes", "becomes_stuff"), [(5, True), (4, False)])
+def test_half_of_an_instance_must_be_stuff(stuff_votes, becomes_stuff):
+    channels = np.full((1, 10), 2, dtype=np.int16)
+    # the other pixels are things of several classes, none of which has more than the stuff
+    semantic = np.array([[1] * stuff_votes + [2, 2, 3, 3, 4, 4][: 10 - stuff_votes]], dtype=np.int16)
+    one = np.ones(1, dtype=np.float32)
+    _, (segment,) = merge_segments(channels, semantic, np.array([2]), one, 2, 0)
+    assert (segment.semantic_id, segment.score is None) == ((1, True) if becomes_stuff else (3, False))
+
+
+def test_stuff_of_exactly_the_limit_stays():
+    channels = np.array([[0] * 4 + [1] * 5], dtype=np.int16)
+    none = np.zeros(0)
+    _, segments = merge_segments(channels, channels, none.astype(np.int64), none.astype(np.float32), 2, 5)
+    assert [(s.semantic_id, s.area) for s in segments] == [(1, 5)]
+
+
 def test_more_than_255_instances():
     channels = np.arange(400, dtype=np.int16).reshape(20, 20) + 2
     semantic = np.full((20, 20), 2, dtype=np.int16)

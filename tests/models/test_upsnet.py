@@ -33,8 +33,7 @@ def test_every_loss_is_there_and_every_parameter_learns(options):
             assert parameter.grad is None, name
 
 
-@pytest.mark.parametrize("fraction", [0.7, 1.0])
-@pytest.mark.parametrize("norm", ["none", "batch_norm"])
+@pytest.mark.parametrize(("norm", "fraction"), [("none", 0.7), ("none", 1.0), ("batch_norm", 0.7)])
 @pytest.mark.parametrize("kind", SAMPLES)
 def test_images_of_every_kind(kind, norm, fraction):
     training = TrainingOptions(
