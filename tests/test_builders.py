@@ -105,12 +105,11 @@ def test_a_key_adds_a_layer(override, part, kind, absent):
     assert bool(layers(built(override))) == absent and not layers(built())
 
 
-def test_depth_stride_and_dilation():
+def test_depth_and_stride():
     assert len(built("symbol=resnet_34_upsnet").backbone.res4) == 6
     deep = built("symbol=resnet_50_upsnet", "network.backbone_stride_in_1x1=false").backbone
     assert (deep.res3[0].conv1.stride, deep.res3[0].conv2.stride) == ((1, 1), (2, 2))
     assert built("symbol=resnet_50_upsnet").backbone.res3[0].conv1.stride == (2, 2)
-    assert built("network.backbone_with_dilation=true").backbone.res5[0].conv1.dilation == (2, 2)
     assert len(built("network.fcn_num_layers=3").semantic_head.layers) == 3
 
 

@@ -69,7 +69,6 @@ def build_network(recipe: Recipe, categories: Categories) -> UPSNet:
             freeze_at=network.backbone_freeze_at,
             deformable_from=network.backbone_with_dconv,
             deformable_last=network.backbone_with_dpyramid,
-            dilate_last=network.backbone_with_dilation,
         )
         channels = network.fpn_feature_dim
         built = UPSNet(

@@ -151,19 +151,6 @@ def test_a_new_deformable_network_equals_the_plain_one(depth, stride_in_1x1):
         assert (deformable(IMAGE)[1] - plain(IMAGE)[1]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("options", [{}, {"deformable_from": 5}, {"stride_in_1x1": False}], ids=str)
-@pytest.mark.parametrize("depth", [18, 50])
-def test_dilation_keeps_the_stride_of_res4(depth, options):
-    network = ResNet(depth, dilate_last=True, **options)
-    with torch.no_grad():
-        features = network(IMAGE)
-    assert [tuple(f.shape[-2:]) for f in features] == [(16, 24), (8, 12), (4, 6), (4, 6)]
-    # As torchvision's, apart from its first block, which has the dilation of the stage before.
-    assert network.res5[0].conv2.dilation in (2, (2, 2)) and network.res5[0].conv2.padding in (2, (2, 2))
-    parameters = sum(p.numel() for p in network.parameters())
-    assert parameters == sum(p.numel() for p in ResNet(depth, **options).parameters())
-
-
 def test_a_trained_batch_norm_learns_its_statistics_in_training_only():
     network = ResNet(18, norm="batch_norm", freeze_at=0)
     before = network.res5[0].norm1.running_mean.clone()

@@ -25,6 +25,7 @@ NO_EFFECT = {
 """Accepted with any value and named in one warning: in the original they have no effect either."""
 
 ONE_VALUE = {
+    "network.backbone_with_dilation": "the pyramid and its anchors need res5 at stride 32",
     "network.has_fpn": "every network here has a feature pyramid",
     "network.has_rpn": "every network here has an RPN",
     "network.has_rcnn": "every network here has a box head",

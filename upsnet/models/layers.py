@@ -52,17 +52,13 @@ class DeformConv2d(nn.Module):
         out_channels: int,
         kernel_size: int = 3,
         stride: int = 1,
-        dilation: int = 1,
         bias: bool = True,
     ) -> None:
         super().__init__()
-        self.stride, self.dilation = stride, dilation
-        self.padding = dilation * (kernel_size // 2)
+        self.stride, self.padding = stride, kernel_size // 2
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
-        self.offset = nn.Conv2d(
-            in_channels, 2 * kernel_size**2, kernel_size, stride=stride, padding=self.padding, dilation=dilation
-        )
+        self.offset = nn.Conv2d(in_channels, 2 * kernel_size**2, kernel_size, stride=stride, padding=self.padding)
         nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
         nn.init.zeros_(self.offset.weight)
         zero_bias(self.offset)
@@ -71,9 +67,7 @@ class DeformConv2d(nn.Module):
         offset = self.offset(input)
         # Sampling positions need more than eight bits of mantissa, so autocast stops here.
         with torch.autocast(input.device.type, enabled=False):
-            return deform_conv2d(
-                input.float(), offset.float(), self.weight, self.bias, self.stride, self.padding, self.dilation
-            )
+            return deform_conv2d(input.float(), offset.float(), self.weight, self.bias, self.stride, self.padding)
 
 
 class ConvBlock(nn.Sequential):

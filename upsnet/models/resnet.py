@@ -51,10 +51,10 @@ class Downsample(nn.Module):
         return self.norm(self.conv(x))
 
 
-def _conv3x3(channels_in: int, channels_out: int, stride: int, dilation: int, deformable: bool) -> nn.Module:
+def _conv3x3(channels_in: int, channels_out: int, stride: int, deformable: bool) -> nn.Module:
     if deformable:
-        return DeformConv2d(channels_in, channels_out, 3, stride, dilation, bias=False)
-    return nn.Conv2d(channels_in, channels_out, 3, stride, padding=dilation, dilation=dilation, bias=False)
+        return DeformConv2d(channels_in, channels_out, 3, stride, bias=False)
+    return nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
 
 
 class BasicBlock(nn.Module):
@@ -67,15 +67,14 @@ class BasicBlock(nn.Module):
         in_channels: int,
         planes: int,
         stride: int,
-        dilation: int,
         norm: NormKind,
         deformable: bool,
         stride_in_1x1: bool,
     ) -> None:
         super().__init__()
-        self.conv1 = _conv3x3(in_channels, planes, stride, dilation, deformable=False)
+        self.conv1 = _conv3x3(in_channels, planes, stride, deformable=False)
         self.norm1 = make_norm(norm, planes)
-        self.conv2 = _conv3x3(planes, planes, 1, dilation, deformable)
+        self.conv2 = _conv3x3(planes, planes, 1, deformable)
         self.norm2 = make_norm(norm, planes)
         self.downsample = (
             Downsample(in_channels, planes, stride, norm) if stride != 1 or in_channels != planes else nn.Identity()
@@ -97,7 +96,6 @@ class Bottleneck(nn.Module):
         in_channels: int,
         planes: int,
         stride: int,
-        dilation: int,
         norm: NormKind,
         deformable: bool,
         stride_in_1x1: bool,
@@ -107,7 +105,7 @@ class Bottleneck(nn.Module):
         first, second = (stride, 1) if stride_in_1x1 else (1, stride)
         self.conv1 = nn.Conv2d(in_channels, planes, 1, stride=first, bias=False)
         self.norm1 = make_norm(norm, planes)
-        self.conv2 = _conv3x3(planes, planes, second, dilation, deformable)
+        self.conv2 = _conv3x3(planes, planes, second, deformable)
         self.norm2 = make_norm(norm, planes)
         self.conv3 = nn.Conv2d(planes, out_channels, 1, bias=False)
         self.norm3 = make_norm(norm, out_channels)
@@ -134,7 +132,6 @@ class ResNet(nn.Module):
         freeze_at: 0 trains everything, 1 freezes the stem, n ≥ 2 the stem and res2..resn.
         deformable_from: blocks of every stage with this number or a greater one are deformable; more than 5: none.
         deformable_last: the last blocks of res3 and res4 are deformable.
-        dilate_last: res5 keeps stride 16 with dilation 2.
     """
 
     def __init__(
@@ -145,7 +142,6 @@ class ResNet(nn.Module):
         freeze_at: int = 2,
         deformable_from: int = 100,
         deformable_last: bool = False,
-        dilate_last: bool = False,
         in_channels: int = 3,
     ) -> None:
         super().__init__()
@@ -156,12 +152,10 @@ class ResNet(nn.Module):
         self.out_channels: list[int] = []
         for i, blocks in enumerate(shape.blocks):
             number = i + 2
-            dilated = dilate_last and number == 5
             stage = _make_stage(
                 channels,
                 64 * 2**i,
-                stride=1 if number == 2 or dilated else 2,
-                dilation=2 if dilated else 1,
+                stride=1 if number == 2 else 2,
                 norm=norm,
                 bottleneck=shape.bottleneck,
                 deformable=[
@@ -210,7 +204,6 @@ def _make_stage(
     in_channels: int,
     planes: int,
     stride: int,
-    dilation: int,
     norm: NormKind,
     bottleneck: bool,
     deformable: Sequence[bool],
@@ -219,6 +212,6 @@ def _make_stage(
     block = Bottleneck if bottleneck else BasicBlock
     layers: list[nn.Module] = []
     for i, deform in enumerate(deformable):
-        layers.append(block(in_channels, planes, stride if i == 0 else 1, dilation, norm, deform, stride_in_1x1))
+        layers.append(block(in_channels, planes, stride if i == 0 else 1, norm, deform, stride_in_1x1))
         in_channels = planes * block.expansion
     return nn.Sequential(*layers)
