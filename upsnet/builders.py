@@ -11,7 +11,7 @@ from upsnet.dataset.coco_panoptic import CocoPanoptic
 from upsnet.dataset.loading import BatchLoader
 from upsnet.dataset.transforms import Transform
 from upsnet.engine.optimizer import build_optimizer
-from upsnet.engine.options import TrainOptions as EngineOptions
+from upsnet.engine.options import LoopOptions
 from upsnet.models.box_head import BoxHead, DetectionOptions
 from upsnet.models.fpn import FPN
 from upsnet.models.layers import NormKind
@@ -20,9 +20,7 @@ from upsnet.models.matching import AnchorSampling, RoISampling
 from upsnet.models.resnet import ResNet
 from upsnet.models.rpn import RPN, ProposalOptions
 from upsnet.models.semantic_head import SemanticHead
-from upsnet.models.upsnet import TestOptions as NetworkTestOptions
-from upsnet.models.upsnet import TrainingOptions as NetworkTrainingOptions
-from upsnet.models.upsnet import UPSNet
+from upsnet.models.upsnet import SamplingOptions, SelectionOptions, UPSNet
 from upsnet.structures.categories import Categories
 from upsnet.structures.draws import seed_of
 from upsnet.structures.errors import RecipeError
@@ -93,8 +91,8 @@ def build_network(recipe: Recipe, categories: Categories) -> UPSNet:
                 network.fcn_with_norm,
             ),
             categories.num_stuff,
-            _training_options(recipe),
-            _test_options(recipe),
+            _sampling(recipe),
+            _selection(recipe),
         )
     # Convolutions and the deformable layers are fastest with the channels innermost; weights laid out so pull the maps
     # along.
@@ -118,9 +116,9 @@ def _proposals(options: TrainOptions | TestOptions) -> ProposalOptions:
     )
 
 
-def _training_options(recipe: Recipe) -> NetworkTrainingOptions:
+def _sampling(recipe: Recipe) -> SamplingOptions:
     train = recipe.train
-    return NetworkTrainingOptions(
+    return SamplingOptions(
         anchors=AnchorSampling(
             train.rpn_batch_size,
             train.rpn_fg_fraction,
@@ -142,9 +140,9 @@ def _training_options(recipe: Recipe) -> NetworkTrainingOptions:
     )
 
 
-def _test_options(recipe: Recipe) -> NetworkTestOptions:
+def _selection(recipe: Recipe) -> SelectionOptions:
     test = recipe.test
-    return NetworkTestOptions(
+    return SelectionOptions(
         proposals=_proposals(test),
         detections=DetectionOptions(test.score_thresh, test.nms_thresh, test.max_det, recipe.network.bbox_reg_weights),
         panoptic_score_threshold=test.panoptic_score_thresh,
@@ -297,11 +295,11 @@ def build_optimizer_of(recipe: Recipe, network: UPSNet) -> torch.optim.Optimizer
     return build_optimizer(network, train.optimizer, train.momentum, train.wd)
 
 
-def engine_options(recipe: Recipe, epoch_length: int) -> EngineOptions:
+def engine_options(recipe: Recipe, epoch_length: int) -> LoopOptions:
     """The training loop's options. epoch_length: entries of the training set, mirrored copies included."""
     train = recipe.train
     total_batch = train.batch_size * accumulation(recipe)
-    return EngineOptions(
+    return LoopOptions(
         max_iteration=train.max_iteration,
         steps_per_epoch=max(-(-epoch_length // total_batch), 1),
         lr=train.lr,

@@ -21,7 +21,7 @@ from upsnet.dataset.loading import BatchLoader
 from upsnet.dataset.shapes import write_shapes
 from upsnet.engine.inference_loop import Evaluator, predict_batches, run_test
 from upsnet.engine.log import TrainingLog, logging_to
-from upsnet.engine.options import TrainOptions
+from upsnet.engine.options import LoopOptions
 from upsnet.engine.snapshots import ResumeState, Snapshots, resume
 from upsnet.engine.train import train as run_training
 from upsnet.evaluation.coco_files import evaluate_files, write_png
@@ -120,7 +120,7 @@ def _starting_point(recipe: Recipe, network: nn.Module, optimizer: torch.optim.O
     return None
 
 
-def _say_what_is_trained(recipe: Recipe, dataset: CocoPanoptic, network: nn.Module, options: TrainOptions) -> None:
+def _say_what_is_trained(recipe: Recipe, dataset: CocoPanoptic, network: nn.Module, options: LoopOptions) -> None:
     logger.info(
         "data: %d images (%d entries with mirrored copies) of %s, %d thing and %d stuff classes",
         dataset.num_photos,

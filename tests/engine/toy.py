@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from upsnet.engine.options import TrainOptions
+from upsnet.engine.options import LoopOptions
 from upsnet.structures.draws import SeededDraws, seed_of
 from upsnet.structures.results import Prediction, Segment, TrainingOutput, Truth
 from upsnet.structures.sample import Batch
 
 IMAGES = 12
 
-OPTIONS = TrainOptions(
+OPTIONS = LoopOptions(
     max_iteration=10, steps_per_epoch=4, lr=0.05, decay_iterations=(6,), warmup_iterations=3,
     loss_weights={"second_loss": 0.5}, seed=1, display_iter=5,
 )  # fmt: skip

@@ -16,7 +16,7 @@ from upsnet.models.matching import AnchorSampling, RoISampling
 from upsnet.models.resnet import ResNet
 from upsnet.models.rpn import RPN, ProposalOptions
 from upsnet.models.semantic_head import SemanticHead
-from upsnet.models.upsnet import TestOptions, TrainingOptions, UPSNet
+from upsnet.models.upsnet import SamplingOptions, SelectionOptions, UPSNet
 from upsnet.structures.draws import SeededDraws
 from upsnet.structures.masks import Bitmap, Masks, Polygons
 from upsnet.structures.sample import VOID, Instances, Sample, Targets
@@ -35,8 +35,8 @@ def small_network(
     backbone_norm="frozen_batch_norm",
     freeze_at=0,
     lively=False,
-    training=None,
-    test=None,
+    sampling=None,
+    selection=None,
     **backbone,
 ):
     """ResNet-18 and narrow heads. lively: weights of a size with which an untrained network finds things."""
@@ -50,12 +50,12 @@ def small_network(
         MaskHead(32, things + 1, 32, 28, norm),
         SemanticHead(32, stuff + things, 32, 2, norm),
         stuff,
-        training
-        or TrainingOptions(
+        sampling
+        or SamplingOptions(
             AnchorSampling(64), ProposalOptions(pre_nms=100, post_nms=50), RoISampling(32), with_roi_loss=True
         ),
-        test
-        or TestOptions(
+        selection
+        or SelectionOptions(
             ProposalOptions(pre_nms=60, post_nms=40), DetectionOptions(0.3, max_detections=20), 0.4, stuff_area_limit=16
         ),
     )

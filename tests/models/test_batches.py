@@ -9,7 +9,7 @@ from tests.models.small import BALL, BOX, KITE, photo_sample, small_network
 from upsnet.dataset.batches import collate
 from upsnet.dataset.transforms import Transform
 from upsnet.models.box_head import DetectionOptions
-from upsnet.models.upsnet import TestOptions as NetworkTestOptions
+from upsnet.models.upsnet import SelectionOptions
 from upsnet.predict import Predictor
 from upsnet.structures.categories import Categories
 
@@ -97,8 +97,8 @@ def test_mixed_sizes_through_the_predictor(network):
 
 @torch.no_grad()
 def test_photos_without_detections():
-    options = NetworkTestOptions(detections=DetectionOptions(score_threshold=0.9), panoptic_score_threshold=0.9)
-    network = small_network(seed=1, test=options).eval()
+    options = SelectionOptions(detections=DetectionOptions(score_threshold=0.9), panoptic_score_threshold=0.9)
+    network = small_network(seed=1, selection=options).eval()
     samples = samples_of(3)
     for prediction in network(collate(samples)):
         assert len(prediction.instances) == 0 and prediction.instances.boxes.shape == (0, 4)

@@ -10,7 +10,7 @@ from tests.models.small import LOSSES, SAMPLES, small_network, training_batch
 from tests.models.test_batches import samples_of
 from upsnet.dataset.batches import collate
 from upsnet.engine.optimizer import build_optimizer
-from upsnet.engine.options import TrainOptions
+from upsnet.engine.options import LoopOptions
 from upsnet.engine.train import train
 
 pytestmark = [
@@ -74,7 +74,7 @@ def test_losses(kinds):
 def test_training_steps(precision):
     network = small_network().to(CUDA)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    options = TrainOptions(max_iteration=3, steps_per_epoch=3, lr=1e-4, precision=precision, seed=1)
+    options = LoopOptions(max_iteration=3, steps_per_epoch=3, lr=1e-4, precision=precision, seed=1)
     batches = [replace(training_batch("things and stuff", "no things", "one pixel"), draws=()) for _ in range(3)]
     train(network, batches, build_optimizer(network, "adamw"), options)
     state = network.state_dict()

@@ -14,10 +14,10 @@ from upsnet.dataset.batches import Draw, collate
 from upsnet.dataset.coco_panoptic import CocoPanoptic
 from upsnet.dataset.transforms import Transform
 from upsnet.engine.optimizer import build_optimizer
-from upsnet.engine.options import TrainOptions
+from upsnet.engine.options import LoopOptions
 from upsnet.engine.train import train
 
-OPTIONS = TrainOptions(max_iteration=3, steps_per_epoch=3, lr=0.002, loss_weights={"panoptic_loss": 0.5}, seed=7)
+OPTIONS = LoopOptions(max_iteration=3, steps_per_epoch=3, lr=0.002, loss_weights={"panoptic_loss": 0.5}, seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_losses_fall_on_one_image(dataset):
     optimizer = build_optimizer(model, "adamw")
     history = []
 
-    options = TrainOptions(max_iteration=20, steps_per_epoch=20, lr=0.001, seed=1)
+    options = LoopOptions(max_iteration=20, steps_per_epoch=20, lr=0.001, seed=1)
 
     def remember(module, given, output):
         history.append({name: loss.item() for name, loss in output.losses.items()})

@@ -7,7 +7,7 @@ from tests.models.small import LOSSES, SAMPLES, photo_sample, small_network, tra
 from upsnet.dataset.batches import collate
 from upsnet.models.matching import AnchorSampling, RoISampling
 from upsnet.models.rpn import ProposalOptions
-from upsnet.models.upsnet import TrainingOptions, quarter_labels
+from upsnet.models.upsnet import SamplingOptions, quarter_labels
 from upsnet.structures.sample import VOID
 
 close = torch.testing.assert_close
@@ -36,10 +36,10 @@ def test_every_loss_is_there_and_every_parameter_learns(options):
 @pytest.mark.parametrize(("norm", "fraction"), [("none", 0.7), ("none", 1.0), ("batch_norm", 0.7)])
 @pytest.mark.parametrize("kind", SAMPLES)
 def test_images_of_every_kind(kind, norm, fraction):
-    training = TrainingOptions(
+    sampling = SamplingOptions(
         AnchorSampling(64), ProposalOptions(100, 50), RoISampling(32), keep_fraction=fraction, with_roi_loss=True
     )
-    network = small_network(norm=norm, training=training).train()
+    network = small_network(norm=norm, sampling=sampling).train()
     assert network.has_unknown == (fraction < 1)
     output = network(training_batch(kind))
     assert set(output.losses) == LOSSES and all(loss.isfinite() for loss in output.losses.values())
@@ -78,10 +78,10 @@ def test_other_draws_give_other_losses():
 
 
 def test_neither_proposals_nor_truth():
-    training = TrainingOptions(
+    sampling = SamplingOptions(
         AnchorSampling(64), ProposalOptions(100, 50, min_size=1000.0), RoISampling(32), with_roi_loss=True
     )
-    network = small_network(training=training).train()
+    network = small_network(sampling=sampling).train()
     for kinds in (["no things"], ["nothing at all", "things and stuff"]):
         output = network(training_batch(*kinds))
         assert all(loss.isfinite() for loss in output.losses.values())
@@ -90,8 +90,8 @@ def test_neither_proposals_nor_truth():
 
 def test_a_class_table_without_stuff():
     for fraction in (0.7, 1.0):
-        training = TrainingOptions(AnchorSampling(64), ProposalOptions(100, 50), RoISampling(32), fraction)
-        network = small_network(stuff=0, things=4, training=training, lively=True)
+        sampling = SamplingOptions(AnchorSampling(64), ProposalOptions(100, 50), RoISampling(32), fraction)
+        network = small_network(stuff=0, things=4, sampling=sampling, lively=True)
         samples = [photo_sample(1, stuff=False), photo_sample(2, stuff=False, things=[(1, (4, 4, 30, 30))])]
         for sample in samples:  # semantic ids of a table without stuff start at the things
             sample.targets.semantic[sample.targets.semantic >= 0] = 0

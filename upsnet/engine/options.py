@@ -8,7 +8,7 @@ from upsnet.engine.schedule import ScheduleKind, learning_rate
 
 
 @dataclass(frozen=True, slots=True)
-class TrainOptions:
+class LoopOptions:
     """How to train.
 
     max_iteration: optimiser steps in all. steps_per_epoch: optimiser steps in one pass over the data.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from upsnet.engine.log import Means, TrainingLog, peak_memory
-from upsnet.engine.options import TrainOptions
+from upsnet.engine.options import LoopOptions
 
 logger = logging.getLogger("upsnet")
 
@@ -25,7 +25,7 @@ class StepValues:
 class Progress:
     """What is told about a run: means since the last line and since the epoch began, to log files and screen."""
 
-    def __init__(self, log: TrainingLog, options: TrainOptions, device: torch.device) -> None:
+    def __init__(self, log: TrainingLog, options: LoopOptions, device: torch.device) -> None:
         self._log, self._options, self._device = log, options, device
         self._epoch_means = Means()
         self._start_line()

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from upsnet.engine.log import Means, TrainingLog
 from upsnet.engine.optimizer import CaffeSGD, set_learning_rate
-from upsnet.engine.options import TrainOptions
+from upsnet.engine.options import LoopOptions
 from upsnet.engine.precision import autocast
 from upsnet.engine.progress import Progress, StepValues
 from upsnet.engine.snapshots import ResumeState, Snapshots
@@ -38,7 +38,7 @@ def train(
     network: nn.Module,
     batches: Iterable[Batch],
     optimizer: torch.optim.Optimizer,
-    options: TrainOptions,
+    options: LoopOptions,
     snapshots: Snapshots | None = None,
     log: TrainingLog | None = None,
     start: ResumeState | None = None,
@@ -103,7 +103,7 @@ def train(
 def accumulate_gradients(
     network: nn.Module,
     batches: Sequence[Batch],
-    options: TrainOptions,
+    options: LoopOptions,
     scaler: torch.amp.GradScaler,
     device: torch.device,
 ) -> list[TrainingOutput]:
@@ -121,7 +121,7 @@ def accumulate_gradients(
 
 
 def validation_values(
-    network: nn.Module, batches: Iterable[Batch], options: TrainOptions, device: torch.device
+    network: nn.Module, batches: Iterable[Batch], options: LoopOptions, device: torch.device
 ) -> StepValues:
     """Losses and metrics as means over the images of the batches. The network comes back in training mode."""
     network.train()
@@ -141,7 +141,7 @@ def validation_values(
     return StepValues(losses.values(), metrics.values(), images)
 
 
-def _restore(start: ResumeState | None, scaler: torch.amp.GradScaler, options: TrainOptions) -> int:
+def _restore(start: ResumeState | None, scaler: torch.amp.GradScaler, options: LoopOptions) -> int:
     if start is None:
         return 0
     if start.seed != options.seed:
@@ -157,7 +157,7 @@ def _follow_decay(optimizer: torch.optim.Optimizer) -> None:
         optimizer.divide_momentum(10)
 
 
-def _next_batches(stream: Iterator[Batch], options: TrainOptions, iteration: int) -> list[Batch]:
+def _next_batches(stream: Iterator[Batch], options: LoopOptions, iteration: int) -> list[Batch]:
     batches = [_with_draws(batch, options.seed, iteration) for batch in islice(stream, options.accumulation)]
     if len(batches) < options.accumulation:
         raise ValueError(f"the training batches ended at step {iteration} of {options.max_iteration}")

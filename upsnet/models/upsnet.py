@@ -27,7 +27,7 @@ from upsnet.structures.sample import VOID, Batch, Instances
 
 
 @dataclass(frozen=True)
-class TrainingOptions:
+class SamplingOptions:
     """Sampling in training.
 
     keep_fraction: share of the true instances that take part in the panoptic loss; below 1 the rest is "unknown".
@@ -42,7 +42,7 @@ class TrainingOptions:
 
 
 @dataclass(frozen=True)
-class TestOptions:
+class SelectionOptions:
     """Selection at test time.
 
     panoptic_score_threshold: least score of an instance in the panoptic map.
@@ -83,8 +83,8 @@ class UPSNet(nn.Module):
         mask_head: MaskHead,
         semantic_head: SemanticHead,
         num_stuff: int,
-        training_options: TrainingOptions,
-        test_options: TestOptions,
+        sampling: SamplingOptions,
+        selection: SelectionOptions,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -94,13 +94,13 @@ class UPSNet(nn.Module):
         self.mask_head = mask_head
         self.semantic_head = semantic_head
         self.num_stuff = num_stuff
-        self.training_options = training_options
-        self.test_options = test_options
+        self.sampling = sampling
+        self.selection = selection
 
     @property
     def has_unknown(self) -> bool:
         """Whether the panoptic head has its unknown channel."""
-        return self.training_options.keep_fraction < 1
+        return self.sampling.keep_fraction < 1
 
     def forward(self, batch: Batch) -> TrainingOutput | list[Prediction]:
         features = self.features(batch.images)
@@ -115,7 +115,7 @@ class UPSNet(nn.Module):
 
     def _losses(self, features: Features, batch: Batch) -> TrainingOutput:
         assert batch.instances is not None and batch.semantic is not None and batch.quarter_masks is not None
-        options = self.training_options
+        options = self.sampling
         things = [instances.without_crowd() for instances in batch.instances]
         boxes = [t.boxes * scale for t, scale in zip(things, batch.scales, strict=True)]
         losses: dict[str, Tensor] = {}
@@ -139,7 +139,7 @@ class UPSNet(nn.Module):
 
     def _sample(self, features: Features, batch: Batch) -> list[SampledRoIs]:
         assert batch.instances is not None
-        options = self.training_options
+        options = self.sampling
         sampled = []
         for image, (instances, draws) in enumerate(zip(batch.instances, batch.draws, strict=True)):
             scale = batch.scales[image]
@@ -169,7 +169,7 @@ class UPSNet(nn.Module):
         self, features: Features, batch: Batch, things: list[Instances], boxes: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         assert batch.semantic is not None and batch.quarter_masks is not None
-        fraction = self.training_options.keep_fraction
+        fraction = self.sampling.keep_fraction
         kept = [
             keep_instances(len(t), fraction, draws).to(features.scores.device)
             for t, draws in zip(things, batch.draws, strict=True)
@@ -202,7 +202,7 @@ class UPSNet(nn.Module):
 
     def _predict(self, features: Features, batch: Batch) -> list[Prediction]:
         proposals = [
-            propose(features.rpn, image, size, scale, self.test_options.proposals)[0]
+            propose(features.rpn, image, size, scale, self.selection.proposals)[0]
             for image, (size, scale) in enumerate(zip(batch.sizes, batch.scales, strict=True))
         ]
         detections, candidates = self._detect(features, proposals, batch.sizes)
@@ -227,9 +227,9 @@ class UPSNet(nn.Module):
         self, features: Features, proposals: list[Tensor], sizes: list[tuple[int, int]]
     ) -> tuple[list[Candidates], list[Candidates]]:
         """For each image: the detections of the instance branch, and the candidates of the panoptic head."""
-        options = self.test_options.detections
+        options = self.selection.detections
         strong = DetectionOptions(
-            self.test_options.panoptic_score_threshold,
+            self.selection.panoptic_score_threshold,
             options.nms_threshold,
             options.max_detections,
             options.box_weights,
@@ -254,7 +254,7 @@ class UPSNet(nn.Module):
             fused.instances.classes.cpu().numpy(),
             fused.instances.scores.cpu().numpy(),
             self.num_stuff,
-            self.test_options.stuff_area_limit,
+            self.selection.stuff_area_limit,
         )
         return Prediction(batch.image_ids[image], batch.file_names[image], segment_map, segments, semantic_map=semantic)
 
