@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
     cat <<'TEXT'
-./init.sh                 set up: .venv (or the active virtual environment), packages, native operators
+./init.sh                 set up: .venv (or the active environment, conda's too), packages, native operators
 ./init.sh demo [...]      set up, then the demo: generate data, train, test, report; arguments go to `upsnet demo`
 ./init.sh test [...]      set up, then ruff, mypy and the quick tests; arguments go to pytest
 ./init.sh help            this text
@@ -38,17 +38,23 @@ find_python() {
 fingerprint() { (cat "$@"; printf '%s ' "$PWD" "$(command -v "${CXX:-}" || true)") | cksum | tr ' ' '-'; }
 
 set_up_python() {
-    environment="${VIRTUAL_ENV:-.venv}"
+    local active="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" unfinished=.venv/.upsnet-unfinished base
+    environment="${active:-.venv}"
     python="$environment/bin/python"
-    if [[ -n "${VIRTUAL_ENV:-}" ]]; then
-        is_suitable "$python" || fail "the active environment $environment lacks Python 3.11 or newer: deactivate it"
-        say "python: the active environment $environment"
-    elif [[ -x "$python" ]] && is_suitable "$python"; then
+    if [[ -n "$active" ]]; then
+        is_suitable "$python" || fail "the active environment $active lacks Python 3.11 or newer: deactivate it"
+        say "python: the active environment $active"
+    elif [[ (-e .venv || -L .venv) && ! -f "$unfinished" ]]; then
+        is_suitable "$python" || fail ".venv has no Python 3.11 or newer with the venv module: move it away or delete it"
         say "python: .venv is there"
     else
-        local base
         base="$(find_python)"
-        "$base" -m venv --clear .venv
+        # The mark tells the next run that this environment may be cleared, should this run be stopped half-way.
+        rm -rf .venv
+        mkdir .venv
+        touch "$unfinished"
+        "$base" -m venv .venv || fail "$base cannot make a virtual environment, see above"
+        rm "$unfinished"
         say "python: made .venv with $("$python" -V)"
     fi
 }
@@ -113,24 +119,38 @@ run_tests() {
     return $status
 }
 
-command="${1:-setup}"
-case "$command" in
-    help | -h | --help)
-        usage
-        exit
-        ;;
-    setup | demo | test) shift || true ;;
-    *)
-        say "unknown command '$command'" >&2
-        usage >&2
-        exit 2
-        ;;
-esac
+say_what_is_next() {
+    if [[ "$environment" == .venv ]]; then
+        say "next: source .venv/bin/activate; upsnet --help"
+    fi
+}
 
-set_up_python
-set_up_packages
-set_up_native
-case "$command" in
-    demo) exec "$environment/bin/upsnet" demo "$@" ;;
-    test) run_tests "$@" ;;
-esac
+main() {
+    local command="${1:-setup}"
+    case "$command" in
+        help | -h | --help)
+            usage
+            exit
+            ;;
+        setup | demo | test) shift || true ;;
+        *)
+            say "unknown command '$command'" >&2
+            usage >&2
+            exit 2
+            ;;
+    esac
+
+    set_up_python
+    set_up_packages
+    set_up_native
+    case "$command" in
+        setup) say_what_is_next ;;
+        demo) exec "$environment/bin/upsnet" demo "$@" ;;
+        test) run_tests "$@" ;;
+    esac
+}
+
+# When the script is sourced (by a test), nothing is set up.
+if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
+    main "$@"
+fi
