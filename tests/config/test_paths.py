@@ -12,7 +12,6 @@ def test_places_of_a_training():
     assert paths.training_folder(recipe) == folder
     assert paths.log_file(recipe, folder, TIME) == folder / "upsnet_resnet50_coco_16gpu_2024-03-07-09-05.log"
     assert paths.snapshot_file(recipe, 2000) == folder / "upsnet_resnet_50_coco_2000.pth"
-    assert paths.state_file(recipe, 2000) == folder / "upsnet_resnet_50_coco_2000.state.pth"
     expected = Path("output/upsnet/coco/tensorboard/upsnet_resnet50_coco_16gpu/train2017/2024-03-07-09-05")
     assert paths.tensorboard_folder(recipe, TIME) == expected
 

@@ -2,12 +2,11 @@ import errno
 import json
 import logging
 import re
-from datetime import datetime
 
 import pytest
 
 from upsnet.engine import log as log_module
-from upsnet.engine.log import Means, TrainingLog, logging_to, timestamp
+from upsnet.engine.log import Means, TrainingLog, logging_to
 from upsnet.structures.errors import PlaceError
 
 
@@ -16,15 +15,12 @@ def test_text_log_goes_to_file_and_console(tmp_path, capsys):
     before = logger.level, logger.propagate, list(logger.handlers)
     with logging_to(tmp_path / "deep" / "run.log"):
         logger.info("hello %d", 3)
-        logger.debug("unseen")
-    written = (tmp_path / "deep" / "run.log").read_text()
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \| test_log\.py \| line \d+: hello 3\n", written)
-    assert written in capsys.readouterr().err
+        logger.debug("only in the file")
+    written, shown = (tmp_path / "deep" / "run.log").read_text(), capsys.readouterr().err
+    line = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \| test_log\.py \| line \d+: "
+    assert re.fullmatch(rf"{line}hello 3\n{line}only in the file\n", written)
+    assert re.fullmatch(rf"{line}hello 3\n", shown)
     assert (logger.level, logger.propagate, list(logger.handlers)) == before
-
-
-def test_timestamp_of_file_names():
-    assert timestamp(datetime(2024, 3, 9, 7, 5, 59)) == "2024-03-09-07-05"
 
 
 def test_unwritable_places(tmp_path):
@@ -66,6 +62,20 @@ def test_resume_drops_later_lines_and_a_torn_one(tmp_path):
     ]  # fmt: skip
     TrainingLog(path)
     assert path.read_text() == ""
+
+
+def test_a_kill_while_lines_are_dropped_loses_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(before := '{"iteration": 5}\n{"iteration": 10}\n')
+
+    def killed(*_):
+        assert path.read_text() == before
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        TrainingLog(path, begin_iteration=5)
+    assert path.read_text() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_means_weigh_each_name_by_its_own_weights():

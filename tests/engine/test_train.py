@@ -72,7 +72,7 @@ def test_momentum_is_divided_at_the_decay_and_only_for_the_step_schedule(monkeyp
     train(network, batches(4), optimizer, OPTIONS)
     # After the sixth update, which still had the full rate.
     assert calls == [(10, 0.05)]
-    train(network, batches(4), optimizer, replace(OPTIONS, lr_schedule="cosine"))
+    train(network, batches(4), optimizer, replace(OPTIONS, lr_schedule="poly"))
     assert len(calls) == 1
 
 

@@ -44,11 +44,6 @@ def snapshot_file(recipe: Recipe, iteration: int) -> Path:
     return training_folder(recipe) / f"{recipe.model_prefix}{iteration}.pth"
 
 
-def state_file(recipe: Recipe, iteration: int) -> Path:
-    """What else a resume after this many steps needs."""
-    return training_folder(recipe) / f"{recipe.model_prefix}{iteration}.state.pth"
-
-
 def default_weights(recipe: Recipe) -> Path:
     """What a test loads when no weights are named."""
     iteration = recipe.test.test_iteration

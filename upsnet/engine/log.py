@@ -6,7 +6,6 @@ import resource
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,14 +13,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from upsnet.structures.places import writing
+from upsnet.structures.places import replacing, writing
 
 LINE_FORMAT = "%(asctime)s | %(filename)s | line %(lineno)d: %(message)s"
-
-
-def timestamp(now: datetime | None = None) -> str:
-    """YYYY-mm-dd-HH-MM, as it stands in the names of log files and TensorBoard folders."""
-    return (now or datetime.now()).strftime("%Y-%m-%d-%H-%M")
 
 
 class _Console(logging.Handler):
@@ -41,7 +35,7 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def logging_to(path: Path | None) -> Iterator[None]:
-    """Inside, messages of the "upsnet" logger from level INFO go to stderr and, with a path, to this file as well.
+    """Inside, messages of the "upsnet" logger from level INFO go to stderr and, with a path, all go to this file.
 
     Raises:
         PlaceError: the file or its folder cannot be made.
@@ -53,8 +47,10 @@ def logging_to(path: Path | None) -> Iterator[None]:
             handlers.append(_LogFile(path, encoding="utf-8"))
     logger = logging.getLogger("upsnet")
     level, propagate = logger.level, logger.propagate
-    logger.setLevel(logging.INFO)
+    # What is long, or printed anyway, is a DEBUG message: it goes to the file only.
+    logger.setLevel(logging.DEBUG)
     logger.propagate = False
+    handlers[0].setLevel(logging.INFO)
     for handler in handlers:
         handler.setFormatter(logging.Formatter(LINE_FORMAT))
         logger.addHandler(handler)
@@ -134,7 +130,8 @@ def _drop_lines_after(metrics_file: Path, iteration: int) -> None:
             with suppress(json.JSONDecodeError):
                 if json.loads(line)["iteration"] <= iteration:
                     kept.append(line + "\n")
-    metrics_file.write_text("".join(kept), encoding="utf-8")
+    with replacing(metrics_file) as part:
+        part.write_text("".join(kept), encoding="utf-8")
 
 
 class Means:
