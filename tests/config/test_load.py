@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from upsnet.config import dump_recipe, load_recipe, parse_recipe
+from upsnet.config import dump_recipe, load_recipe
 from upsnet.config.load import EXPERIMENTS
 from upsnet.structures.errors import RecipeError
 
@@ -329,15 +329,9 @@ def test_the_name_can_be_set(write):
 
 
 @pytest.mark.parametrize("name", ["upsnet_resnet18_shapes", "upsnet_resnet50_cityscapes_16gpu"])
-def test_a_dump_loads_to_the_same_recipe(name):
+def test_a_dump_loads_to_the_same_recipe(name, write):
     recipe = load_recipe(name, {"train.wd": 1e-5, "output_path": "1e-3", "model_prefix": "yes", "gpus": "0,1"})
-    assert parse_recipe(dump_recipe(recipe), "snapshot") == recipe
-
-
-def test_a_dump_names_its_source_when_it_is_wrong():
-    text = dump_recipe(load_recipe("upsnet_resnet18_shapes")).replace("seed: 235", "seed: none")
-    with pytest.raises(RecipeError, match=r"key 'seed' in model/x\.pth: must be a whole number, got 'none'"):
-        parse_recipe(text, "model/x.pth")
+    assert load_recipe(write("dumped.yaml", dump_recipe(recipe))) == recipe
 
 
 def test_the_link_at_the_top_leads_to_the_recipes():

@@ -1,6 +1,8 @@
+from pathlib import Path
+
 import pytest
 
-from upsnet.config import parse_recipe
+from upsnet.config import load_recipe
 from upsnet.config.original_keys import NO_EFFECT, ONE_VALUE
 from upsnet.config.schema import SECTIONS, Recipe, recipe_keys
 from upsnet.config.yaml_text import read_yaml, write_yaml
@@ -12,16 +14,27 @@ train: {lr: 0.01, max_iteration: 10}
 """
 
 
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def recipe_of(text: str) -> Recipe:
+    """The recipe of a file `my.yaml`."""
+    Path("my.yaml").write_text(text, encoding="utf-8")
+    return load_recipe("my.yaml")
+
+
 def recipe_with(key: str, value: str) -> Recipe:
     """The minimal recipe with one more `section.key`, its value given as yaml."""
     section, _, last = key.rpartition(".")
     tree = read_yaml(MINIMAL, "minimal")
     (tree.setdefault(section, {}) if section else tree)[last] = read_yaml(value, "value")
-    return parse_recipe(write_yaml(tree), "my.yaml")
+    return recipe_of(write_yaml(tree))
 
 
 def test_defaults_are_the_originals():
-    recipe = parse_recipe(MINIMAL, "my.yaml")
+    recipe = recipe_of(MINIMAL)
     assert recipe.network.pixel_means == (102.9801, 115.9465, 122.7717)
     assert recipe.network.bbox_reg_weights == (10, 10, 5, 5)
     assert recipe.network.anchor_ratios == (0.5, 1, 2)
@@ -54,10 +67,10 @@ def test_a_whole_number_passes_for_a_number_and_a_number_for_a_list():
 
 
 def test_recipes_are_immutable_and_hashable():
-    recipe = parse_recipe(MINIMAL, "my.yaml")
+    recipe = recipe_of(MINIMAL)
     with pytest.raises(ValueError, match="frozen"):
         recipe.train.lr = 1.0
-    assert hash(recipe) == hash(parse_recipe(MINIMAL, "my.yaml"))
+    assert hash(recipe) == hash(recipe_of(MINIMAL))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +147,7 @@ def test_a_wrong_value_is_named_by_key_and_file(key, value, rule):
 )
 def test_values_that_contradict_each_other(text, message):
     with pytest.raises(RecipeError) as caught:
-        parse_recipe(MINIMAL + text, "my.yaml")
+        recipe_of(MINIMAL + text)
     assert message in str(caught.value)
     assert str(caught.value).startswith("key 'network' in my.yaml: ")
 
@@ -158,16 +171,16 @@ def test_thresholds_in_the_wrong_order(key, value, message):
 
 def test_total_batch_must_be_reachable():
     text = "dataset: {dataset_path: d, image_set: a, test_image_set: b}\ntrain: {lr: 1, max_iteration: 1, "
-    assert parse_recipe(text + "batch_size: 2, total_batch: 8}", "f").train.total_batch == 8
+    assert recipe_of(text + "batch_size: 2, total_batch: 8}").train.total_batch == 8
     with pytest.raises(RecipeError, match=r"total_batch \(3\) must be a multiple of batch_size \(2\)"):
-        parse_recipe(text + "batch_size: 2, total_batch: 3}", "f")
+        recipe_of(text + "batch_size: 2, total_batch: 3}")
 
 
 def test_class_counts_must_agree():
     text = "train: {lr: 1, max_iteration: 1}\ndataset: {dataset_path: d, image_set: a, test_image_set: b, "
-    assert parse_recipe(text + "num_classes: 9, num_seg_classes: 8}", "f").dataset.num_classes == 9
+    assert recipe_of(text + "num_classes: 9, num_seg_classes: 8}").dataset.num_classes == 9
     with pytest.raises(RecipeError, match=r"num_seg_classes \(7\) counts every class, so 8 at least"):
-        parse_recipe(text + "num_classes: 9, num_seg_classes: 7}", "f")
+        recipe_of(text + "num_classes: 9, num_seg_classes: 7}")
 
 
 def test_keys_with_one_value_say_what_to_do():

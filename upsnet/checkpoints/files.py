@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -41,13 +41,11 @@ _DAMAGE = (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError,
 class WeightFile:
     """What a weight file holds.
 
-    state: tensors by name, on the CPU, floating ones as float32. categories, recipe (yaml): in our snapshots only.
+    state: tensors by name, on the CPU, floating ones as float32. categories: in our snapshots only.
     """
 
     state: dict[str, Tensor]
-    kind: Literal["snapshot", "torch", "safetensors"]
     categories: Categories | None = None
-    recipe: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +80,7 @@ def read_weights(path: Path) -> WeightFile:
         WeightsError: the file is missing, cut off, no weight file, not safe to load, or holds NaN or infinity.
     """
     if path.suffix == ".safetensors":
-        return WeightFile(_tensors(_load_safetensors(path), path), "safetensors")
+        return WeightFile(_tensors(_load_safetensors(path), path))
     content = load_safely(path)
     if isinstance(content, Mapping) and {"weights", "format_version"} <= content.keys():
         if content["format_version"] > FORMAT_VERSION:
@@ -91,8 +89,8 @@ def read_weights(path: Path) -> WeightFile:
                 f"update the program"
             )
         categories = Categories.from_coco(content["categories"], str(path))
-        return WeightFile(_tensors(content["weights"], path), "snapshot", categories, content["recipe"])
-    return WeightFile(_tensors(content, path), "torch")
+        return WeightFile(_tensors(content["weights"], path), categories)
+    return WeightFile(_tensors(content, path))
 
 
 def load_safely(path: Path) -> Any:

@@ -41,17 +41,8 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any]
     return _build(layers, str(path), name=path.name.partition(".")[0])
 
 
-def parse_recipe(text: str, source: str) -> Recipe:
-    """The recipe that `dump_recipe` wrote; `source` stands for the file in messages.
-
-    Raises:
-        RecipeError: as in `load_recipe`; also if the text has a `base`.
-    """
-    return _build([(source, _normalise(read_section(text, source)))], source, name="")
-
-
 def dump_recipe(recipe: Recipe) -> str:
-    """Yaml with every key, from which `parse_recipe` makes an equal recipe."""
+    """Yaml with every key, from which `load_recipe` makes an equal recipe."""
     return write_yaml(recipe.model_dump(mode="json"))
 
 
