@@ -40,7 +40,7 @@ def repaint(path, record, ids, new_id):
 
 def test_truth_as_prediction(files, tmp_path):
     prediction, truth = files
-    summary = evaluate_files(prediction, truth, tmp_path / "out" / "summary.json", progress=False)
+    summary = evaluate_files(prediction, truth, tmp_path / "out" / "summary.json")
     for group in ("all", "things", "stuff"):
         assert summary["panoptic"][group]["pq"] == 100.0
     assert sum(row["tp"] for row in summary["panoptic"]["per_class"]) == 20
@@ -53,7 +53,7 @@ def test_order_of_the_files_and_further_images_do_not_matter(files, caplog):
         content["annotations"].reverse()
     with edited(truth) as content:
         del content["annotations"][1]
-    assert evaluate_files(prediction, truth, progress=False)["panoptic"]["all"]["pq"] == 100.0
+    assert evaluate_files(prediction, truth)["panoptic"]["all"]["pq"] == 100.0
     assert "1 images are not in panoptic_train.json" in caplog.text
 
 
@@ -61,7 +61,7 @@ def test_a_changed_class_costs(files):
     prediction, truth = files
     with edited(prediction) as content:
         content["annotations"][0]["segments_info"][0]["category_id"] = 200
-    summary = evaluate_files(prediction, truth, progress=False)["panoptic"]
+    summary = evaluate_files(prediction, truth)["panoptic"]
     by_id = {row["category_id"]: row for row in summary["per_class"]}
     assert by_id[200]["fp"] == 1 and by_id[7]["fn"] == 1 and summary["things"]["pq"] == 100.0
 
@@ -111,10 +111,10 @@ def extra_pixels(path):
 
 
 DAMAGES = [
-    (png(lambda path: path.unlink()), rf"\(image {FIRST}\): there is no such PNG"),
-    (png(lambda path: path.write_bytes(path.read_bytes()[:200])), rf"\(image {FIRST}\): the PNG cannot be read"),
-    (png(lambda path: path.write_text("x")), rf"\(image {FIRST}\): the PNG cannot be read"),
-    (png(lambda path: Image.open(path).convert("L").save(path)), rf"\(image {FIRST}\): is not an RGB picture"),
+    (png(lambda path: path.unlink()), rf"image {FIRST}: .*No such file"),
+    (png(lambda path: path.write_bytes(path.read_bytes()[:200])), rf"image {FIRST}: .*cut off"),
+    (png(lambda path: path.write_text("x")), rf"image {FIRST}: .*is not an 8-bit RGB PNG"),
+    (png(lambda path: Image.open(path).convert("L").save(path)), rf"image {FIRST}: .*is not an 8-bit RGB PNG"),
     (png(crop), f"image {FIRST}: the prediction has .* pixels"),
     (png(extra_pixels), rf"image {FIRST}, \w+ segment 592137: the map holds this id but no record"),
     (first_segment(lambda s: s.update(id=77)), rf"image {FIRST}, \w+ segment 77: no pixel"),
@@ -140,11 +140,11 @@ def test_refusals(files, side, damage, words):
     prediction, truth = files
     damage(prediction if side == "prediction" else truth)
     with pytest.raises(UserError, match=words) as caught:
-        evaluate_files(prediction, truth, progress=False)
+        evaluate_files(prediction, truth)
     assert "\n" not in str(caught.value)
 
 
 def test_image_without_prediction(files):
     drop_image(files[0])
     with pytest.raises(DataError, match=rf"image {FIRST} of panoptic_train.json has no annotation"):
-        evaluate_files(*files, progress=False)
+        evaluate_files(*files)

@@ -56,13 +56,14 @@ def test_truth_as_detections_is_perfect(miniature, tmp_path):
 
 def test_boxes_are_inclusive_and_classes_become_categories(miniature, tmp_path):
     categories, truths = miniature
-    ap = InstanceAP(categories, tmp_path, kinds=("bbox",))
+    ap = InstanceAP(categories, tmp_path)
     prediction = as_prediction(truths[0])
     prediction.instances = Detections(
-        np.asarray([[2.5, 3, 4.5, 3]], np.float32), np.asarray([3]), np.asarray([0.25], np.float32), [{}]
+        np.asarray([[2.5, 3, 4.5, 3]], np.float32), np.asarray([3]), np.asarray([0.25], np.float32),
+        [coco_mask.encode(np.ones(truths[0].segment_map.shape, np.uint8, order="F"))],
     )
     ap.add(prediction, truths[0])
-    assert set(ap.summary()) == {"box"}
+    ap.close()
     (record,) = json.loads((tmp_path / "bbox_results.json").read_text())
     assert record["bbox"] == [2.5, 3.0, 3.0, 1.0] and record["score"] == 0.25
     assert record["category_id"] == 3 and record["image_id"] == truths[0].image_id
@@ -105,6 +106,20 @@ def test_annotation_ids_may_repeat_over_photos(miniature, tmp_path):
         for annotation in truth.annotations:
             annotation["id"] = 0
     test_truth_as_detections_is_perfect(miniature, tmp_path)
+
+
+def test_stored_detections_are_scored_as_they_are(miniature, tmp_path):
+    categories, truths = miniature
+    scores = []
+    for store in (True, False):
+        ap = InstanceAP(categories, tmp_path, store)
+        for truth in truths:
+            ap.add(with_instances(as_prediction(truth), categories, np.linspace(0.9, 0.5, 9)), truth)
+        before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("*.json")}
+        scores.append(ap.summary())
+    assert scores[0] == scores[1]
+    assert len(before) == 2 and set(tmp_path.iterdir()) == before.keys()
+    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before}
 
 
 def test_unwritable_folder(miniature, tmp_path):

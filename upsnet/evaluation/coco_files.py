@@ -6,29 +6,26 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
 from upsnet.evaluation.json_files import read_json, write_json
 from upsnet.evaluation.panoptic_quality import PanopticQuality
 from upsnet.structures.categories import Categories
 from upsnet.structures.errors import DataError, PlaceError
-from upsnet.structures.panoptic_png import rgb_to_id
-from upsnet.structures.places import replacing
+from upsnet.structures.pictures import read_segment_map
 from upsnet.structures.results import Prediction, Segment, Truth
 from upsnet.structures.sample import VOID
 
-log = logging.getLogger("upsnet")
+logger = logging.getLogger("upsnet")
 
 
-def evaluate_files(pred_json: Path, gt_json: Path, out: Path | None = None, progress: bool = True) -> dict[str, Any]:
+def evaluate_files(pred_json: Path, gt_json: Path, out: Path | None = None) -> dict[str, Any]:
     """Scores a COCO panoptic file against another; each has its PNGs in the folder of its name without `.json`.
 
     Args:
         pred_json: predictions, `annotations` for every photo of the truth.
         gt_json: truth; its `categories` are the class table.
         out: where to write the summary, if anywhere.
-        progress: show a bar on stderr.
 
     Returns:
         {"panoptic": summary}, see `PanopticQuality.summary`.
@@ -49,10 +46,10 @@ def evaluate_files(pred_json: Path, gt_json: Path, out: Path | None = None, prog
         if image_id not in given:
             raise DataError(f"{pred_json}: image {image_id} of {gt_json.name} has no annotation: predict every image")
     if surplus := len(given.keys() - wanted.keys()):
-        log.warning("%s: %d images are not in %s and are not scored", pred_json, surplus, gt_json.name)
+        logger.warning("%s: %d images are not in %s and are not scored", pred_json, surplus, gt_json.name)
 
     quality = PanopticQuality(categories)
-    for image_id, record in tqdm(wanted.items(), desc="panoptic quality", unit="image", disable=not progress):
+    for image_id, record in tqdm(wanted.items(), desc="panoptic quality", unit="image"):
         truth_map, truth_segments = read_panoptic(record, gt_json, categories)
         prediction_map, segments = read_panoptic(given[image_id], pred_json, categories)
         # The semantic map plays no part in panoptic quality.
@@ -114,38 +111,10 @@ def read_panoptic(
         is_crowd = bool(info.get("iscrowd", 0))
         segments.append(Segment(info["id"], semantic_id, info.get("area", 0), box, info.get("score"), is_crowd))
     path = source.with_suffix("") / record["file_name"]
-    picture = read_png(path, record["image_id"])
-    if picture.ndim != 3 or picture.shape[2] < 3:
-        raise DataError(
-            f"{path} (image {record['image_id']}): is not an RGB picture: panoptic PNGs hold the segment id as "
-            f"R + 256 G + 65536 B"
-        )
-    return rgb_to_id(picture[..., :3]), segments
-
-
-def read_png(path: Path, image_id: int) -> NDArray[Any]:
-    """The pixels of a PNG, H×W or H×W×channels.
-
-    Raises:
-        DataError: the file is missing, damaged or no picture.
-    """
     try:
-        with Image.open(path) as picture:
-            return np.asarray(picture)
-    except FileNotFoundError:
-        raise DataError(f"{path} (image {image_id}): there is no such PNG: write it or mend 'file_name'") from None
-    except (OSError, SyntaxError, ValueError) as error:  # PIL raises all three on damaged PNGs
-        raise DataError(f"{path} (image {image_id}): the PNG cannot be read ({error}): write it anew") from error
-
-
-def write_png(path: Path, pixels: NDArray[Any]) -> None:
-    """Writes H×W uint8 or uint16, or H×W×3 uint8, as PNG.
-
-    Raises:
-        PlaceError: the folder cannot be written or the disk is full.
-    """
-    with replacing(path) as part:
-        Image.fromarray(pixels).save(part, format="PNG", compress_level=1)
+        return read_segment_map(path), segments
+    except DataError as error:
+        raise DataError(f"image {record['image_id']}: {error}") from None
 
 
 def panoptic_record(prediction: Prediction, png_name: str, categories: Categories) -> dict[str, Any]:

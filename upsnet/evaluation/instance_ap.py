@@ -24,23 +24,26 @@ NUMBERS = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l", "ar1", "ar10", "ar100",
 
 
 class InstanceAP:
-    """Detections go to disk photo by photo, as COCO results json; the score is made at the end."""
+    """Detections go to disk photo by photo, as COCO results json; the score is made from there at the end."""
 
-    def __init__(self, categories: Categories, folder: Path, kinds: Sequence[str] = ("bbox", "segm")) -> None:
-        """The detections go to `bbox_results.json` and `segm_results.json` in `folder`, as far as in `kinds`.
+    def __init__(self, categories: Categories, folder: Path, store: bool = True) -> None:
+        """
+        Args:
+            folder: of `bbox_results.json` and `segm_results.json`.
+            store: False: the detections come from these two files, which are scored as they are.
 
         Raises:
             PlaceError: the folder cannot be written.
         """
         self._categories = categories
-        self._files = {kind: result_file(folder, kind) for kind in kinds}
-        self._writers = {kind: JsonListWriter(path) for kind, path in self._files.items()}
+        self._files = {kind: result_file(folder, kind) for kind in KINDS}
+        self._writers = {kind: JsonListWriter(path) for kind, path in self._files.items()} if store else {}
         self._images: list[dict[str, Any]] = []
         self._annotations: list[dict[str, Any]] = []
         self._closed = False
 
     def add(self, prediction: Prediction, truth: Truth) -> None:
-        """Stores the detections of one photo and keeps its true instances."""
+        """Stores the detections of one photo, if they are to be stored, and keeps its true instances."""
         if prediction.instances is None:
             raise ValueError(f"image {prediction.image_id}: the prediction has no instances")
         for kind, writer in self._writers.items():
@@ -74,7 +77,7 @@ class InstanceAP:
         """Scores × 100 in full precision.
 
         Returns:
-            `box` and `mask` (those of `kinds`), each with `NUMBERS`: AP over IoU 0.5:0.95, at 0.5, at 0.75, of small,
+            `box` and `mask`, each with `NUMBERS`: AP over IoU 0.5:0.95, at 0.5, at 0.75, of small,
             medium and large objects; recall with 1, 10 and 100 detections, and by size. None where no object counts.
         """
         self.close()
