@@ -83,6 +83,14 @@ def test_the_list_of_commands(checkout):
         (["train", "--cfg", "upsnet_resnet18_shapes", "train.lr"], "key=value"),
         (["train", "--cfg", "upsnet_resnet18_shapes", "train.lr=[1"], "train.lr=[1"),
         (["shapes", "--out", "o", "--train", "-1"], "must not be negative"),
+        (["shapes", "--out", "o", "seed=3"], "'seed=3'"),
+        (["train", "--cfg", "upsnet_resnet18_shapes", "--epochs", "3"], "'--epochs'"),
+        (["train", "seed=1", "--cfg", "upsnet_resnet18_shapes", "lr"], "'lr': a change to the recipe has the form"),
+        (["train", "seed=1", "--cfg", "upsnet_resnet18_shapes", "train.ls=1"], "unknown key 'train.ls'"),
+        (
+            ["predict", "--cfg", "upsnet_resnet18_shapes", "--weight_path", "x.pth", "--out", "o", "seed=1"],
+            "at least one PHOTO",
+        ),
     ],
 )
 def test_wrong_command_lines(arguments, fragment, tmp_path, monkeypatch):
@@ -104,6 +112,49 @@ def test_a_training_takes_the_arguments_of_a_test(tmp_path):
     """The original has one parser for both, so that command lines may carry them."""
     ran = upsnet("train", "--cfg", write_tiny(tmp_path), "--eval_only", "--weight_path", "x.pth", "dataset.limit=0")
     assert ran.code == 2 and "dataset.limit" in ran.errors[0]
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """What reaches the commands instead of being done."""
+    from upsnet import commands
+
+    calls = []
+    for name in ("train", "test", "predict", "report", "demo"):
+        monkeypatch.setattr(commands, name, lambda *arguments: calls.append(arguments))
+    return calls
+
+
+@pytest.mark.parametrize("command", ["test", "report"])
+def test_overrides_may_stand_anywhere(command, called):
+    option = {"test": ["--weight_path", "w.pth"], "report": ["--out", "o"]}[command]
+    ran = upsnet(command, "seed=1", "--cfg", "upsnet_resnet18_shapes", "test.max_det=7", *option, "test.scales=[96]")
+    ((recipe, *_),) = called
+    assert ran.code == 0 and (recipe.seed, recipe.test.max_det, recipe.test.scales) == (1, 7, (96,))
+
+
+def test_later_overrides_win_over_earlier_ones(called):
+    upsnet("test", "seed=1", "--cfg", "upsnet_resnet18_shapes", "seed=2", "--eval_only", "seed=3")
+    ((recipe, weights, eval_only),) = called
+    assert (recipe.seed, weights, eval_only) == (3, None, True)
+
+
+def test_photos_and_overrides_of_a_prediction(called):
+    upsnet(
+        "predict", "a.jpg", "test.scales=[96]", "--cfg", "upsnet_resnet18_shapes", "./b=1.jpg", "--weight_path",
+        "w.pth", "--out", "o", "seed=5", "Photo=2.jpg",
+    )  # fmt: skip
+    ((recipe, weights, photos, out),) = called
+    assert (recipe.seed, recipe.test.scales) == (5, (96,)) and (weights, out) == (Path("w.pth"), Path("o"))
+    assert photos == [Path("a.jpg"), Path("b=1.jpg"), Path("Photo=2.jpg")]
+
+
+def test_a_training_says_that_it_does_not_use_weights_to_test(called, caplog):
+    upsnet("train", "--cfg", "upsnet_resnet18_shapes", "--weight_path", "w.pth", "network.pretrained=p.pth")
+    (said,) = [record.message for record in caplog.records if "--weight_path" in record.message]
+    assert "w.pth is for testing" in said and "network.pretrained (p.pth)" in said and len(called) == 1
+    upsnet("train", "--cfg", "upsnet_resnet18_shapes")
+    assert caplog.text.count("--weight_path") == 1
 
 
 def test_an_interruption_is_no_crash(monkeypatch):

@@ -1,7 +1,9 @@
 """The command `upsnet`: arguments in, one call down, errors out as one sentence."""
 
 import argparse
+import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +17,11 @@ if TYPE_CHECKING:
 USER_ERROR, INTERRUPTED = 2, 130
 """Exit codes: something that the user can mend (argparse uses the same), and Ctrl-C."""
 
+OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")
+"""How a change to the recipe begins. A photo of such a name can be given as `./a=b.jpg`."""
+
+logger = logging.getLogger("upsnet")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns the exit code."""
@@ -23,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
     """Parses and runs; `action` in the parsed arguments is what runs."""
-    options = parser.parse_args(arguments)
+    options = _parse(parser, arguments)
     # Threads that spin while they wait make torch many times slower as soon as anything else wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
@@ -35,6 +42,26 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Lets overrides and photos stand on both sides of options, where argparse takes only their first group."""
+    options, rest = parser.parse_known_args(arguments)
+    takes_overrides, takes_photos = hasattr(options, "overrides"), hasattr(options, "photos")
+    for word in rest:
+        is_override = takes_overrides and OVERRIDE.match(word)
+        if word.startswith("-") or not (is_override or takes_photos):
+            what = ": a change to the recipe has the form key=value" if takes_overrides else ""
+            parser.error(f"unrecognized argument '{word}'{what}")
+    if takes_photos:
+        words = [*options.photos, *rest]
+        options.overrides = [word for word in words if OVERRIDE.match(word)]
+        options.photos = [Path(word) for word in words if not OVERRIDE.match(word)]
+        if not options.photos:
+            parser.error("give at least one PHOTO")
+    elif takes_overrides:
+        options.overrides += rest
+    return options
 
 
 def training_parser(prog: str) -> argparse.ArgumentParser:
@@ -69,8 +96,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cfg", required=True, metavar="YAML", help="a recipe: yaml file, or name of a shipped one")
+    _add_cfg(parser)
     _add_overrides(parser)
+
+
+def _add_cfg(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cfg", required=True, metavar="YAML", help="a recipe: yaml file, or name of a shipped one")
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -97,11 +128,11 @@ def _add_testing(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cfg", required=True, metavar="YAML", help="a recipe: yaml file, or name of a shipped one")
+    _add_cfg(parser)
     parser.add_argument("--weight_path", required=True, metavar="FILE", help="weights")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the results")
-    parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="photos")
-    parser.set_defaults(action=_predict)
+    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="photos; and changes to the recipe, as key=value")
+    parser.set_defaults(action=_predict, overrides=[])
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -136,13 +167,19 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 def _recipe(options: argparse.Namespace) -> "Recipe":
     from upsnet.config import load_recipe
 
-    return load_recipe(options.cfg, getattr(options, "overrides", ()))
+    return load_recipe(options.cfg, options.overrides)
 
 
 def _train(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     from upsnet import commands
 
+    if options.weight_path:
+        logger.warning(
+            "--weight_path %s is for testing and is not used: training starts from network.pretrained (%s)",
+            options.weight_path,
+            recipe.network.pretrained or "null: from scratch",
+        )
     commands.train(recipe)
 
 
