@@ -24,7 +24,7 @@ from upsnet.engine.log import TrainingLog, logging_to
 from upsnet.engine.options import LoopOptions
 from upsnet.engine.snapshots import ResumeState, Snapshots, resume
 from upsnet.engine.train import train as run_training
-from upsnet.evaluation.coco_files import evaluate_files, write_png
+from upsnet.evaluation.coco_files import evaluate_files
 from upsnet.evaluation.error_analysis import ErrorAnalysis
 from upsnet.evaluation.instance_ap import InstanceAP
 from upsnet.evaluation.json_files import read_json
@@ -36,6 +36,7 @@ from upsnet.operators import describe
 from upsnet.predict import load_predictor, load_trained
 from upsnet.report import GalleryItem, write_report
 from upsnet.structures.errors import DataError, PlaceError, RecipeError
+from upsnet.structures.pictures import write_png
 from upsnet.structures.results import Prediction
 from upsnet.structures.sample import Batch
 from upsnet.visualize import draw_batch, draw_panoptic

@@ -19,16 +19,16 @@ from upsnet.checkpoints.files import WeightFile, load_into, read_weights
 from upsnet.checkpoints.resnet import load_pretrained
 from upsnet.config import Recipe, load_recipe
 from upsnet.dataset.batches import collate
-from upsnet.dataset.photos import read_photo
 from upsnet.dataset.transforms import Transform, padded_size, scaled_size
 from upsnet.engine.inference_loop import predict_batches
 from upsnet.engine.precision import Precision
-from upsnet.evaluation.coco_files import panoptic_record, write_png
+from upsnet.evaluation.coco_files import panoptic_record
 from upsnet.evaluation.json_files import write_json
 from upsnet.structures.categories import Categories
 from upsnet.structures.class_tables import class_table
 from upsnet.structures.errors import DataError, RecipeError, WeightsError
 from upsnet.structures.panoptic_png import id_to_rgb
+from upsnet.structures.pictures import read_photo, write_png
 from upsnet.structures.results import Detections, Prediction, Segment
 from upsnet.structures.sample import Sample
 from upsnet.visualize import draw_panoptic

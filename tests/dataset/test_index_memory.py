@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.miniature import CATEGORIES
-from upsnet.dataset.index import read_panoptic
+from upsnet.dataset.index import index_panoptic
 from upsnet.dataset.instance_index import read_instances
 
 COCO_IMAGES, SEGMENTS, INSTANCES, CORNERS = 118_287, 11, 7, 25
@@ -50,7 +50,7 @@ def write_jsons(folder, images):
 def test_bytes_per_image(tmp_path):
     images = 2000
     write_jsons(tmp_path, images)
-    categories, index = read_panoptic(tmp_path / "panoptic.json")
+    categories, index = index_panoptic(tmp_path / "panoptic.json")
     instances = read_instances(tmp_path / "instances.json", categories, index)
     assert len(index.segment_ids) == images * SEGMENTS and len(instances.ids) == images * INSTANCES
     assert len(instances.corners) == images * INSTANCES * CORNERS * 2
@@ -62,12 +62,12 @@ def test_bytes_per_image(tmp_path):
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from upsnet.dataset.index import read_panoptic
+from upsnet.dataset.index import index_panoptic
 from upsnet.dataset.instance_index import read_instances
 folder = Path(sys.argv[1])
 used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = used()
-categories, index = read_panoptic(folder / "panoptic.json")
+categories, index = index_panoptic(folder / "panoptic.json")
 instances = read_instances(folder / "instances.json", categories, index)
 print(index.nbytes + instances.nbytes, used() - before)
 """

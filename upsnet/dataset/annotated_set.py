@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from upsnet.dataset.index import read_panoptic
+from upsnet.dataset.index import index_panoptic
 from upsnet.dataset.instance_index import InstanceIndex, read_instances
-from upsnet.dataset.photos import read_photo, read_segment_map
 from upsnet.dataset.segments import SegmentRuns
 from upsnet.structures.categories import Categories
 from upsnet.structures.errors import DataError
 from upsnet.structures.masks import Bitmap, Mask, Masks
+from upsnet.structures.pictures import read_photo, read_segment_map
 from upsnet.structures.results import Segment, Truth
 from upsnet.structures.sample import VOID, Instances
 
@@ -75,7 +75,7 @@ class AnnotatedSet:
             if not Path(folder).is_dir():
                 raise DataError(f"{folder}: there is no such folder: check dataset.dataset_path and image_set")
         self.files = files
-        self.categories, self.index = read_panoptic(files.panoptic_json)
+        self.categories, self.index = index_panoptic(files.panoptic_json)
         self.instance_index: InstanceIndex | None = None
         if files.instances_json is not None:
             self.instance_index = read_instances(files.instances_json, self.categories, self.index)

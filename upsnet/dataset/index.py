@@ -73,7 +73,7 @@ class PanopticIndex:
         return bytes_of(self)
 
 
-def read_panoptic(path: Path) -> tuple[Categories, PanopticIndex]:
+def index_panoptic(path: Path) -> tuple[Categories, PanopticIndex]:
     """Reads and checks a panoptic json.
 
     Raises:

@@ -14,7 +14,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -24,6 +23,7 @@ from upsnet.dataset.shapes_scene import Scene, draw_scene
 from upsnet.structures.categories import Categories, Category
 from upsnet.structures.errors import DataError, PlaceError
 from upsnet.structures.panoptic_png import id_to_rgb
+from upsnet.structures.pictures import encode_jpeg, encode_png
 from upsnet.structures.places import not_written
 from upsnet.structures.results import segments_of
 
@@ -117,8 +117,8 @@ def _write_split(root: Path, split: str, count: int, parameters: dict[str, Any])
         scene = draw_scene(rng, (height, width))
         segment_map, segments = _label(rng, scene)
         photo, png = f"{image_id:012d}.jpg", f"{image_id:012d}.png"
-        _write_image(photos / photo, scene.image, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
-        _write_image(labels / png, id_to_rgb(segment_map), [])
+        (photos / photo).write_bytes(encode_jpeg(scene.image, _JPEG_QUALITY))
+        (labels / png).write_bytes(encode_png(id_to_rgb(segment_map)))
         images.append({"id": image_id, "file_name": photo, "height": height, "width": width})
         annotations.append({"image_id": image_id, "file_name": png, "segments_info": segments})
     document = {
@@ -155,8 +155,3 @@ def _label(rng: np.random.Generator, scene: Scene) -> tuple[NDArray[np.int32], l
             }
         )
     return segment_map, records
-
-
-def _write_image(path: Path, rgb: NDArray[np.uint8], options: list[int]) -> None:
-    _, data = cv2.imencode(path.suffix, cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), options)
-    path.write_bytes(data.tobytes())

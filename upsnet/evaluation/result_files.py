@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from upsnet.evaluation.coco_files import panoptic_record, read_panoptic, read_png, records_by_image, write_png
+from upsnet.evaluation.coco_files import panoptic_record, read_panoptic, records_by_image
 from upsnet.evaluation.instance_ap import result_file
 from upsnet.evaluation.json_files import JsonListReader, JsonListWriter, read_json, write_json
 from upsnet.structures.categories import Categories
 from upsnet.structures.errors import DataError, PlaceError
 from upsnet.structures.panoptic_png import id_to_rgb
+from upsnet.structures.pictures import read_grey_png, write_png
 from upsnet.structures.places import writing
 from upsnet.structures.results import Detections, Prediction
 from upsnet.structures.sample import VOID
@@ -238,12 +239,13 @@ def _semantic_pixels(semantic_map: NDArray[np.int16], num_classes: int) -> NDArr
 
 
 def _read_semantic(path: Path, image_id: int, num_classes: int) -> NDArray[np.int16]:
-    pixels, void = read_png(path, image_id), _void_pixel(num_classes)
-    if pixels.ndim != 2:
-        raise DataError(f"{path} (image {image_id}): is not a grey-scale PNG of semantic ids: {RETRY}")
+    try:
+        pixels, void = read_grey_png(path), _void_pixel(num_classes)
+    except DataError as error:
+        raise DataError(f"image {image_id}: {error}") from None
     strange = pixels[(pixels >= num_classes) & (pixels != void)]
     if strange.size:
         raise DataError(
-            f"{path} (image {image_id}): holds class {strange[0]}, the class table has {num_classes} classes: {RETRY}"
+            f"image {image_id}: {path} holds class {strange[0]}, the class table has {num_classes} classes: {RETRY}"
         )
     return np.where(pixels == void, VOID, pixels.astype(np.int32)).astype(np.int16)

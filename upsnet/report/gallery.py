@@ -4,17 +4,16 @@ import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from io import BytesIO
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from upsnet.evaluation.panoptic_quality import Matching
 from upsnet.report.tables import CAUSES
 from upsnet.structures.categories import Categories
+from upsnet.structures.pictures import encode_jpeg
 from upsnet.structures.results import Prediction, Segment, Truth, segments_of
 from upsnet.visualize import Picture, draw_panoptic, enlarge, enlargement
 
@@ -180,9 +179,7 @@ def _segment_table(panels: Mapping[str, Any]) -> str:
 
 
 def _data_uri(picture: Picture) -> str:
-    encoded = BytesIO()
-    Image.fromarray(picture).save(encoded, "JPEG", quality=84)
-    return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode()
+    return "data:image/jpeg;base64," + base64.b64encode(encode_jpeg(picture, quality=84)).decode()
 
 
 def _shrink(photo: Picture) -> Picture:

@@ -7,12 +7,11 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import cv2
-
 from upsnet.report.curves import draw_curves
 from upsnet.report.gallery import GalleryItem, Row, build_row
 from upsnet.report.tables import number, quality_table
 from upsnet.structures.categories import Categories
+from upsnet.structures.pictures import write_png
 from upsnet.structures.places import replacing, writing
 
 _TEMPLATES = Path(__file__).parent
@@ -53,17 +52,11 @@ def write_report(
         for old in pictures.glob("[0-9][0-9][0-9]_*.png"):
             old.unlink()
         for position, row in enumerate(rows, start=1):
-            _write_png(pictures / f"{position:03d}_{row.image_id}.png", row)
+            write_png(pictures / f"{position:03d}_{row.image_id}.png", row.strip)
     html = _html(title, subtitle, categories, summary, error_summary or {}, history, rows)
     with replacing(page) as part:
         part.write_text(html, "utf-8")
     return page
-
-
-def _write_png(path: Path, row: Row) -> None:
-    ok, encoded = cv2.imencode(".png", cv2.cvtColor(row.strip, cv2.COLOR_RGB2BGR))
-    assert ok
-    path.write_bytes(encoded.tobytes())
 
 
 def _html(
