@@ -114,7 +114,7 @@ def test_fuse(masks, name, num_stuff, unknown):
         logits = -logits.abs()
     elif masks == "half empty":
         logits[::2] = -logits[::2].abs()
-    fused = fuse(scores, candidates, logits, num_stuff, unknown)
+    fused = fuse(scores, (4 * HEIGHT, 4 * WIDTH), candidates, logits, num_stuff, unknown)
     if num_stuff == len(candidates) == unknown == 0:
         assert fused.channels.shape == (4 * HEIGHT, 4 * WIDTH) and len(fused.instances) == 0
         return
@@ -130,7 +130,7 @@ def test_fuse(masks, name, num_stuff, unknown):
 def test_the_cases_of_fusion_occur():
     """The comparison above would be void if instances and the unknown channel never won a pixel."""
     scores, (candidates, logits) = scores_of(2), candidates_of("many")
-    fused = fuse(scores, candidates, logits, 2)
+    fused = fuse(scores, (4 * HEIGHT, 4 * WIDTH), candidates, logits, 2)
     assert len(fused.channels.unique()) > 6 and (fused.channels == VOID).any()
     assert 1 < len(fused.instances) < len(candidates)
 

@@ -164,32 +164,38 @@ def remove_hidden(
 
 
 def fuse(
-    scores: Tensor, candidates: Candidates, mask_logits: Tensor, num_stuff: int, unknown: bool = True
+    scores: Tensor,
+    size: tuple[int, int],
+    candidates: Candidates,
+    mask_logits: Tensor,
+    num_stuff: int,
+    unknown: bool = True,
 ) -> PanopticMap:
     """The panoptic map of one image.
 
     The arg-max runs over planes one at a time, so the (stuff + instances)×H×W tensor never exists.
 
     Args:
-        scores: S×h×w semantic scores at stride 4; the map has 4h×4w.
+        scores: S×h×w semantic scores at any stride.
+        size: height and width of the map, those of the network's input.
         candidates: N by descending score at network scale. mask_logits: N×M×M.
     """
-    size = (scores.shape[-2] * SEMANTIC_STRIDE, scores.shape[-1] * SEMANTIC_STRIDE)
-    stuff_value, stuff = _running_argmax(scores[:num_stuff], size)
-    thing_value, thing = _running_argmax(scores[num_stuff:], size)
-    semantic = torch.where(stuff_value >= thing_value, stuff, thing + num_stuff)
-
     kept, patches = remove_hidden(candidates, mask_logits, size)
     if not kept and len(candidates):
         # Nothing but empty masks: the strongest candidate stays, with its semantic logit alone.
         kept, patches = [0], [(scores.new_zeros(0, 0), (slice(0, 0), slice(0, 0)))]
     instances = candidates.select(torch.tensor(kept, dtype=torch.int64, device=scores.device))
+    labels = [thing - 1 for thing in instances.classes.tolist()]
+    stuff_value, stuff, _ = _running_argmax(scores[:num_stuff], size)
+    thing_value, thing, own_planes = _running_argmax(scores[num_stuff:], size, frozenset(labels))
+    semantic = torch.where(stuff_value >= thing_value, stuff, thing + num_stuff)
+
     value, channels = stuff_value, stuff.clone()
     explained = torch.zeros_like(value) if not kept else torch.full_like(value, -torch.inf)
-    for i, (box, label) in enumerate(zip(instances.boxes.tolist(), instances.classes.tolist(), strict=True)):
-        rows, columns = segment_patch(box, size)
+    for i, (box, label) in enumerate(zip(instances.boxes.tolist(), labels, strict=True)):
+        place = segment_patch(box, size)
         plane = scores.new_zeros(size)
-        plane[rows, columns] = _enlarge(scores[None, num_stuff - 1 + label], size)[0, rows, columns]
+        plane[place] = own_planes[label][place]
         explained = torch.maximum(explained, plane)
         patch, place = patches[i]
         plane[place] += patch
@@ -201,17 +207,22 @@ def fuse(
     return PanopticMap(channels, semantic, instances)
 
 
-def _enlarge(planes: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(planes[None], size=size, mode="bilinear", align_corners=False)[0]
+def _running_argmax(
+    planes: Tensor, size: tuple[int, int], wanted: frozenset[int] = frozenset(), chunk: int = 16
+) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+    """Maximum and its first channel over K×h×w planes, each enlarged to `size`; -inf and 0 where there is none.
 
-
-def _running_argmax(planes: Tensor, size: tuple[int, int], chunk: int = 16) -> tuple[Tensor, Tensor]:
-    """Maximum and its first channel over K×h×w planes, each enlarged to `size`; -inf and 0 where there is none."""
+    Returns also the enlarged planes of the `wanted` channels. They must come from here: enlarged anew they may differ
+    in the last bit, and "unknown" is 0 exactly where an instance's own logit is the greatest.
+    """
     best = planes.new_full(size, -torch.inf)
     channel = torch.zeros(size, dtype=torch.int64, device=planes.device)
+    enlarged = {}
     for start in range(0, len(planes), chunk):
-        value, index = _enlarge(planes[start : start + chunk], size).max(dim=0)
+        part = F.interpolate(planes[None, start : start + chunk], size=size, mode="bilinear", align_corners=False)[0]
+        enlarged.update({start + k: part[k].clone() for k in range(len(part)) if start + k in wanted})
+        value, index = part.max(dim=0)
         better = value > best
         best = torch.where(better, value, best)
         channel = torch.where(better, index + start, channel)
-    return best, channel
+    return best, channel, enlarged

@@ -214,7 +214,12 @@ class UPSNet(nn.Module):
         predictions = []
         for image in range(len(batch)):
             fused = fuse(
-                features.scores[image], candidates[image], parts[len(batch) + image], self.num_stuff, self.has_unknown
+                features.scores[image],
+                (batch.images.shape[-2], batch.images.shape[-1]),
+                candidates[image],
+                parts[len(batch) + image],
+                self.num_stuff,
+                self.has_unknown,
             )
             prediction = self._on_photo(fused, batch, image)
             prediction.instances = detections_on_photo(
