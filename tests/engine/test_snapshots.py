@@ -134,6 +134,19 @@ def test_stopped_between_the_renames_is_no_complete_pair(snapshots, monkeypatch)
         resume(path, network, build_optimizer(network))
 
 
+def test_what_can_be_resumed_is_listed(snapshots):
+    network = Toy()
+    with pytest.raises(WeightsError, match=r"toy_10\.pth is missing, .* train from the start without train\.resume"):
+        resume(snapshots.path(10), network, build_optimizer(network))
+    for iteration in (2, 12, 4):
+        snapshots.save(network, build_optimizer(network), ResumeState(iteration, 1))
+    state_path(snapshots.path(4)).unlink()
+    with pytest.raises(WeightsError, match=r"toy_10\.pth is missing.* a complete one \(toy_2\.pth, toy_12\.pth\)"):
+        resume(snapshots.path(10), network, build_optimizer(network))
+    with pytest.raises(WeightsError, match=r"toy_4\.state\.pth is missing.* \(toy_2\.pth, toy_12\.pth\)"):
+        resume(snapshots.path(4), network, build_optimizer(network))
+
+
 def test_unwritable_place(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(PlaceError, match=r"toy_4\.pth: .*make room"):
@@ -148,7 +161,7 @@ def test_resume_that_does_not_fit(snapshots):
     network.head.requires_grad_(False)
     with pytest.raises(WeightsError, match="trainable parameters"):
         resume(path, network, build_optimizer(network))
-    with pytest.raises(WeightsError, match="there is no weight file"):
+    with pytest.raises(WeightsError, match=r"toy_99\.pth is missing"):
         resume(snapshots.path(99), network, build_optimizer(network))
     torch.save({"epoch": 1}, state_path(path))
     with pytest.raises(WeightsError, match="not the training state"):

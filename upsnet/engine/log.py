@@ -65,6 +65,16 @@ def logging_to(path: Path | None) -> Iterator[None]:
         logger.propagate = propagate
 
 
+def read_metrics(metrics_file: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, none if there is no such file; without half a line that a killed run has left."""
+    lines = []
+    with suppress(FileNotFoundError):
+        for line in metrics_file.read_text(encoding="utf-8").splitlines():
+            with suppress(json.JSONDecodeError):
+                lines.append(json.loads(line))
+    return lines
+
+
 class TrainingLog:
     """metrics.jsonl and TensorBoard of one training run; without paths it writes nothing.
 
@@ -123,15 +133,10 @@ class TrainingLog:
 
 
 def _drop_lines_after(metrics_file: Path, iteration: int) -> None:
-    """Keeps the lines of a run that is resumed, up to where it is resumed; a killed run may have left half a line."""
-    kept = []
-    if iteration > 0 and metrics_file.exists():
-        for line in metrics_file.read_text(encoding="utf-8").splitlines():
-            with suppress(json.JSONDecodeError):
-                if json.loads(line)["iteration"] <= iteration:
-                    kept.append(line + "\n")
+    """Keeps the lines of a run that is resumed, up to where it is resumed."""
+    kept = [line for line in read_metrics(metrics_file) if line["iteration"] <= iteration] if iteration > 0 else []
     with replacing(metrics_file) as part:
-        part.write_text("".join(kept), encoding="utf-8")
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 class Means:

@@ -85,11 +85,10 @@ def resume(weights_path: Path, network: nn.Module, optimizer: torch.optim.Optimi
         WeightsError: one of the two files is missing or damaged, or does not fit network or optimiser.
     """
     path = state_path(weights_path)
+    for file in (weights_path, path):
+        if not file.is_file():
+            raise WeightsError(f"{file} is missing, so {weights_path.name} is no complete snapshot: {_advice(file)}")
     weights = read_weights(weights_path)
-    if not path.is_file():
-        raise WeightsError(
-            f"{path} is missing, so {weights_path.name} is no complete snapshot: resume from another one"
-        )
     rest = load_safely(path)
     if not isinstance(rest, dict) or not {"optimizer", "optimizer_class", "iteration", "seed", "scaler"} <= rest.keys():
         raise WeightsError(f"{path} is not the training state of a snapshot: resume from another one")
@@ -106,6 +105,19 @@ def resume(weights_path: Path, network: nn.Module, optimizer: torch.optim.Optimi
             f"{path} does not fit the trainable parameters of this network ({error}): resume with the same recipe"
         ) from error
     return ResumeState(rest["iteration"], rest["seed"], rest["scaler"])
+
+
+def complete_snapshots(folder: Path) -> list[str]:
+    """Names of the weight files in a folder beside which the training state lies, too, in the order of steps."""
+    paths = [path for path in folder.glob("*.pth") if state_path(path).is_file()]
+    return [path.name for path in sorted(paths, key=lambda path: (len(path.name), path.name))]
+
+
+def _advice(missing: Path) -> str:
+    complete = complete_snapshots(missing.parent)
+    if not complete:
+        return f"there is none in {missing.parent}, train from the start without train.resume"
+    return f"set train.begin_iteration to that of a complete one ({', '.join(complete)})"
 
 
 def _serialised(content: dict[str, Any]) -> memoryview:
