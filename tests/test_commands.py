@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 
 from tests.miniature import image_id_of
 from tests.tiny import copy_run, upsnet, write_tiny
+from upsnet import commands
+from upsnet.config import load_recipe
 from upsnet.evaluation.coco_files import read_panoptic
 from upsnet.structures.categories import Categories
 
@@ -129,6 +132,51 @@ def test_a_finished_training_is_not_resumed(done):
     assert ran.code == 2 and "train.max_iteration is 2" in ran.err
 
 
+def test_a_first_step_without_resume_is_refused(recipe):
+    ran = upsnet("train", "--cfg", recipe, "train.begin_iteration=1")
+    assert ran.code == 2 and "train.begin_iteration is 1, but train.resume is false" in ran.errors[0]
+    assert not (recipe.parent / "out").exists()
+
+
+def test_snapshots_to_resume_from_are_listed(done):
+    ran = upsnet("train", "--cfg", done, "train.resume=true", "train.begin_iteration=5", "train.max_iteration=9")
+    assert ran.code == 2 and "tiny_5.pth is missing" in ran.errors[0]
+    assert "train.begin_iteration" in ran.errors[0] and "(tiny_1.pth, tiny_2.pth)" in ran.errors[0]
+
+
+def test_an_earlier_run_is_not_replaced_without_a_word(tiny_run, done):
+    folder = done.parent / "out/tiny/train"
+    said = f"an earlier run in {folder} is replaced"
+    again = upsnet("train", "--cfg", done, "train.max_iteration=1")
+    resumed = upsnet("train", "--cfg", done, "train.resume=true", "train.begin_iteration=1")
+    assert again.code == resumed.code == 0 and "is replaced" not in resumed.err + tiny_run.trained.err
+    assert said in again.err and any(said in log.read_text() for log in folder.glob("*.log"))
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (["train.lr_schedule=step", "train.decay_iteration=[1]", "train.warmup_iteration=1"], None),
+        (["train.decay_iteration=[2]"], None),  # poly has no decay points
+        (["train.lr_schedule=step", "train.decay_iteration=[2,3]"], "train.decay_iteration is 2"),
+        (["train.warmup_iteration=2"], "train.warmup_iteration is 2"),
+    ],
+)
+def test_a_schedule_for_a_longer_training_is_named(recipe, changes, said):
+    ran = upsnet("train", "--cfg", recipe, *changes)
+    assert ran.code == 0, ran.err
+    warned = [line for line in ran.err.splitlines() if "training ends at step 2" in line]
+    assert len(warned) == (said is not None) and all(said in line for line in warned)
+
+
+def test_missing_pretrained_weights_and_what_to_do(recipe):
+    ran = upsnet("train", "--cfg", recipe, "network.pretrained=nowhere.pth")
+    (error,) = ran.errors
+    assert "network.pretrained: there is no weight file nowhere.pth: put a ResNet-18 there" in error
+    keys = re.findall(r"network\.\w+=\w+", error)
+    assert len(keys) == 3 and upsnet("train", "--cfg", recipe, *keys, "train.max_iteration=1").code == 0
+
+
 def test_pretrained_weights_are_listed(tiny_run, recipe):
     """Of another class table everything but the layers that depend on the classes."""
     ran = upsnet(
@@ -144,15 +192,17 @@ def test_pretrained_weights_are_listed(tiny_run, recipe):
         (["train.use_horovod=true"], ["train.use_horovod is true", "train.total_batch is not set"], ["gpus lists"]),
         (["gpus='0,1,2,3'"], ["gpus lists several devices", "one worker", "train.total_batch"], ["use_horovod"]),
         (["train.use_horovod=true", "train.total_batch=2"], ["one worker"], ["train.total_batch"]),
-        (["train.total_batch=2"], ["total batch 2 = 1 worker × 2 images × 1 micro-batches"], ["plain launch"]),
     ],
 )
 def test_a_plain_launch_of_a_recipe_for_several_workers_says_so(recipe, changes, said, unsaid):
-    # Refused after the summary, since a step is not what is looked at here.
+    # Refused after this has been said, since a step is not what is looked at here.
     ran = upsnet("train", "--cfg", recipe, *changes, "network.pretrained=nowhere.pth")
-    if "micro-batches" in said[0]:
-        ran = upsnet("train", "--cfg", recipe, *changes, "train.max_iteration=1")
     assert all(text in ran.err for text in said) and not any(text in ran.err for text in unsaid)
+
+
+def test_a_recipe_for_one_worker_hears_nothing_about_launches(recipe):
+    ran = upsnet("train", "--cfg", recipe, "train.total_batch=2", "train.max_iteration=1")
+    assert "total batch 2 = 1 worker × 2 images × 1 micro-batches" in ran.err and "plain launch" not in ran.err
 
 
 def test_a_total_batch_is_reached_by_accumulation(recipe):
@@ -219,7 +269,14 @@ def test_testing_stores_results_and_scores(tiny_run):
     for word in ("All", "Things", "Stuff", "AP50", "mIoU"):
         assert word in tiny_run.tested.out
     assert f"testing {tiny_run.weights} on 6 images" in tiny_run.tested.err and "running on " in tiny_run.tested.err
-    assert re.fullmatch(rf"tiny_{MINUTE}\.log", only(tiny_run.results.parent, "*.log").name)
+
+
+def test_the_log_of_a_test_has_the_scores_of_every_class(tiny_run):
+    log = only(tiny_run.results.parent, "*.log")
+    assert re.fullmatch(rf"tiny_{MINUTE}\.log", log.name)
+    assert all(table in log.read_text() for table in tiny_run.tested.out.strip().split("\n\n"))
+    assert re.search(r"^grass +stuff", log.read_text(), re.MULTILINE) and "grass" not in tiny_run.tested.out
+    assert "AP50" not in tiny_run.tested.err, "the tables are printed, and not said a second time"
 
 
 def test_stored_results_are_panoptic_files(tiny_run, tmp_path):
@@ -236,10 +293,13 @@ def test_eval_only_scores_what_is_stored(done):
     results = done.parent / "out/tiny/val/results"
     summary = json.loads((results / "summary.json").read_text())
     (results / "summary.json").unlink()
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in results.rglob("*.*")}
     shutil.rmtree(done.parent / "out/tiny/train")
     ran = upsnet("test", "--cfg", done, "--eval_only")
     assert ran.code == 0, ran.err
     assert json.loads((results / "summary.json").read_text()) == summary
+    (results / "summary.json").unlink()
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in results.rglob("*.*")} == before
 
 
 def test_the_tested_snapshot_can_be_chosen(done):
@@ -319,6 +379,23 @@ def test_results_overwrite_nothing(tiny_run, tmp_path, names, out):
         "predict", "--cfg", tiny_run.recipe, "--weight_path", tiny_run.weights, "--out", tmp_path / out, *photos
     )
     assert ran.code == 2 and "overwrite" in ran.errors[0] and sorted(tmp_path.rglob("*")) == before
+
+
+def test_photos_are_looked_for_before_weights(tiny_run, tmp_path):
+    photo = tiny_run.folder / f"data/images/val/{image_id_of(0):012d}.jpg"
+    missing = tmp_path / "missing.jpg"
+    ran = upsnet(
+        "predict", "--cfg", tiny_run.recipe, "--weight_path", "none.pth", "--out", tmp_path / "out", photo, missing
+    )
+    assert ran.code == 2 and f"{missing}: there is no such photo" in ran.errors[0] and not list(tmp_path.iterdir())
+
+
+def test_the_demo_has_a_folder_of_its_own(tmp_path):
+    """Named by what is in it, so that another version or size of the set is never in its place."""
+    upsnet("shapes", "--out", tmp_path, "--train", 1, "--val", 1)
+    version = json.loads((tmp_path / "annotations/panoptic_val.json").read_text())["info"]["parameters"]["version"]
+    expected = f"shapes_v{version}_{commands.DEMO_TRAIN}_{commands.DEMO_VAL}"
+    assert Path(load_recipe(commands.DEMO_RECIPE).dataset.dataset_path) == Path("data") / expected
 
 
 def test_shapes_and_the_demo_recipe_fit_together(tmp_path):

@@ -1,10 +1,9 @@
 """One function a command: recipe → builders → engine → files. The only room that knows all others."""
 
-import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from upsnet.dataset.coco_panoptic import CocoPanoptic
 from upsnet.dataset.loading import BatchLoader
 from upsnet.dataset.shapes import write_shapes
 from upsnet.engine.inference_loop import Evaluator, predict_batches, run_test
-from upsnet.engine.log import TrainingLog, logging_to
+from upsnet.engine.log import TrainingLog, logging_to, read_metrics
 from upsnet.engine.options import LoopOptions
-from upsnet.engine.snapshots import ResumeState, Snapshots, resume
+from upsnet.engine.snapshots import ResumeState, Snapshots, complete_snapshots, resume
 from upsnet.engine.train import train as run_training
 from upsnet.evaluation.coco_files import evaluate_files
 from upsnet.evaluation.error_analysis import ErrorAnalysis
@@ -34,8 +33,8 @@ from upsnet.evaluation.semantic_iou import SemanticIoU
 from upsnet.evaluation.tables import summary_tables
 from upsnet.operators import describe
 from upsnet.predict import load_predictor, load_trained
-from upsnet.report import GalleryItem, write_report
-from upsnet.structures.errors import DataError, PlaceError, RecipeError
+from upsnet.report import GalleryItem, choose_images, write_report
+from upsnet.structures.errors import DataError, PlaceError, RecipeError, WeightsError
 from upsnet.structures.pictures import write_png
 from upsnet.structures.results import Prediction
 from upsnet.structures.sample import Batch
@@ -53,6 +52,11 @@ def train(recipe: Recipe) -> Path:
     Raises:
         UserError: the recipe, the data, the weights or the place to write to is at fault.
     """
+    if recipe.train.begin_iteration > 0 and not recipe.train.resume:
+        raise RecipeError(
+            f"train.begin_iteration is {recipe.train.begin_iteration}, but train.resume is false: "
+            f"set train.resume=true to go on from that step, or leave train.begin_iteration out"
+        )
     now = datetime.now()
     folder = paths.training_folder(recipe)
     with logging_to(paths.log_file(recipe, folder, now)):
@@ -65,7 +69,10 @@ def train(recipe: Recipe) -> Path:
         _say_how_many_workers(recipe)
         start = _starting_point(recipe, network, optimizer)
         _say_what_is_trained(recipe, dataset, network, options)
+        _say_what_will_not_come(recipe)
         snapshots = Snapshots(folder, recipe.model_prefix, dataset.categories, dump_recipe(recipe))
+        if start is None and ((folder / "metrics.jsonl").exists() or complete_snapshots(folder)):
+            logger.warning("an earlier run in %s is replaced; train.resume=true would go on with it", folder)
         validation = _validation_batches(recipe, dataset) if recipe.train.eval_data else None
         begin = start.iteration if start else 0
         tensorboard = paths.tensorboard_folder(recipe, now)
@@ -113,12 +120,38 @@ def _starting_point(recipe: Recipe, network: nn.Module, optimizer: torch.optim.O
         logger.info("resuming after step %d", start.iteration)
         return start
     if recipe.network.pretrained is not None:
+        _check_pretrained(recipe, Path(recipe.network.pretrained))
         report = load_pretrained(network, Path(recipe.network.pretrained))
         logger.info("%s: %d tensors loaded", recipe.network.pretrained, len(report.loaded))
         for what, names in (("not used", report.left_out), ("of another shape", list(report.other_shape))):
             if names:
                 logger.info("%s: %s: %s", recipe.network.pretrained, what, ", ".join(names))
     return None
+
+
+def _check_pretrained(recipe: Recipe, path: Path) -> None:
+    if not path.is_file():
+        depth = recipe.symbol.split("_")[1]
+        raise WeightsError(
+            f"network.pretrained: there is no weight file {path}: put a ResNet-{depth} there, or train from scratch "
+            f"with network.pretrained=null network.backbone_fix_bn=false network.backbone_freeze_at=0"
+        )
+
+
+def _say_what_will_not_come(recipe: Recipe) -> None:
+    train = recipe.train
+    if train.lr_schedule == "step" and train.decay_iteration and train.decay_iteration[0] >= train.max_iteration:
+        what, step = "decay_iteration", train.decay_iteration[0]
+    elif train.warmup_iteration >= train.max_iteration:
+        what, step = "warmup_iteration", train.warmup_iteration
+    else:
+        return
+    logger.warning(
+        "train.%s is %d, but training ends at step %d: the schedule belongs to a longer training",
+        what,
+        step,
+        train.max_iteration,
+    )
 
 
 def _say_what_is_trained(recipe: Recipe, dataset: CocoPanoptic, network: nn.Module, options: LoopOptions) -> None:
@@ -194,6 +227,7 @@ def test(recipe: Recipe, weights: Path | None = None, eval_only: bool = False) -
         summary = _score(predictions, dataset, folder, store=not eval_only)
         path = write_summary(folder, summary)
         print(summary_tables(summary))
+        logger.debug("scores by class\n%s", summary_tables(summary, per_class=True))  # into the log file only
         logger.info("scores: %s", path)
         return summary
 
@@ -210,7 +244,7 @@ def _fresh_predictions(recipe: Recipe, dataset: CocoPanoptic, weights: Path) -> 
 
 def _score(predictions: Iterable[Prediction], dataset: CocoPanoptic, folder: Path, store: bool) -> dict[str, Any]:
     position = {image_id: i for i, image_id in enumerate(dataset.image_ids.tolist())}
-    instances = InstanceAP(dataset.categories, folder)
+    instances = InstanceAP(dataset.categories, folder, store)
     evaluators: dict[str, Evaluator] = {
         "panoptic": PanopticQuality(dataset.categories),
         "instances": instances,
@@ -244,7 +278,7 @@ class _PictureWriter:
 # -- report ------------------------------------------------------------------------------------------------------------
 
 GALLERY_SIZE = 24
-"""Photos in the gallery: the worst half of them, and as many taken evenly from all others."""
+"""Photos in the gallery of a report."""
 
 
 def report(recipe: Recipe, folder: Path | None = None) -> Path:
@@ -272,7 +306,7 @@ def report(recipe: Recipe, folder: Path | None = None) -> Path:
         matching = match_segments(prediction, truth, dataset.categories)
         analysis.add(prediction, truth, matching)
         qualities[prediction.image_id] = quality_of(matching)
-    shown = _choose_for_gallery(qualities, GALLERY_SIZE)
+    shown = choose_images(qualities, GALLERY_SIZE)
     gallery = [
         _gallery_item(dataset, position[prediction.image_id], prediction)
         for prediction in read_results(results, dataset.categories)
@@ -285,28 +319,11 @@ def report(recipe: Recipe, folder: Path | None = None) -> Path:
         categories=dataset.categories,
         summary=read_json(results / "summary.json"),
         error_summary=analysis.summary(),
-        history=_history(paths.training_folder(recipe) / "metrics.jsonl"),
+        history=read_metrics(paths.training_folder(recipe) / "metrics.jsonl"),
         gallery=gallery,
     )
     print(f"report: {page}")
     return page
-
-
-def _history(metrics_file: Path) -> list[dict[str, Any]]:
-    """The lines of a training that may not be there, or may have been killed in the middle of a line."""
-    lines = []
-    with suppress(FileNotFoundError, json.JSONDecodeError):
-        for line in metrics_file.read_text(encoding="utf-8").splitlines():
-            lines.append(json.loads(line))
-    return lines
-
-
-def _choose_for_gallery(qualities: dict[int, float], count: int) -> set[int]:
-    """The worst images and some of all the others, by image id."""
-    ordered = sorted(qualities, key=lambda image_id: (qualities[image_id], image_id))
-    worst, rest = ordered[: count // 2], ordered[count // 2 :]
-    step = max(len(rest) // (count - count // 2), 1)
-    return {*worst, *rest[::-step][: count - count // 2]}
 
 
 def _gallery_item(dataset: CocoPanoptic, i: int, prediction: Prediction) -> GalleryItem:
@@ -326,6 +343,9 @@ def predict(recipe: Recipe, weights: Path, photos: Sequence[Path], out: Path) ->
         UserError: weights or a photo cannot be used, a result would overwrite another one or a photo, or `out` cannot
             be written.
     """
+    for photo in photos:
+        if not photo.is_file():
+            raise DataError(f"{photo}: there is no such photo: check the path")
     taken = {photo.resolve() for photo in photos}
     for photo in photos:
         for ending in (".png", ".json", "_drawn.png"):

@@ -102,7 +102,9 @@ def _already_there(out: Path, parameters: dict[str, Any]) -> bool:
         photos, labels = out / "images" / split, out / "annotations" / f"panoptic_{split}"
         counts = [len(list(folder.glob("*.*"))) for folder in (photos, labels)]
         if found != parameters or counts != [parameters[split]] * 2:
-            raise PlaceError(f"{out} holds something else than this shapes data set: delete it or choose another --out")
+            raise PlaceError(
+                f"{out} holds something else than this shapes data set: delete it or choose another folder"
+            )
     return True
 
 

@@ -47,6 +47,14 @@ class Row:
     strip: Picture
 
 
+def choose_images(qualities: Mapping[int, float], count: int) -> set[int]:
+    """Ids of `count` images for a gallery: half of them the worst, and as many taken evenly from all others."""
+    ordered = sorted(qualities, key=lambda image_id: (qualities[image_id], image_id))
+    worst, rest = ordered[: count // 2], ordered[count // 2 :]
+    step = max(len(rest) // (count - count // 2), 1)
+    return {*worst, *rest[::-step][: count - count // 2]}
+
+
 def build_row(item: GalleryItem, categories: Categories) -> Row:
     """Draws truth and prediction of one photo and describes their segments.
 
