@@ -7,6 +7,7 @@ Three numberings meet here:
 * thing class: 1..C-1 in the instance head, 0 is background; semantic id = num_stuff - 1 + thing class.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,21 +48,12 @@ class Categories:
             source: where the records come from, for the error message.
 
         Raises:
-            DataError: a record lacks `id`, `name` or `isthing`, or two share an id.
+            DataError: this is no list of records, a record lacks a key or holds a wrong value, or two share an id.
         """
-        categories = []
-        for position, record in enumerate(records):
-            for key in ("id", "name", "isthing"):
-                if key not in record:
-                    label = record.get("name", f"number {position}")
-                    raise DataError(f"{source}: category '{label}' has no '{key}': add it to the categories list")
-            color = record.get("color") or _spread_color(position)
-            red, green, blue = (int(value) for value in color)
-            categories.append(
-                Category(int(record["id"]), str(record["name"]), bool(record["isthing"]), (red, green, blue))
-            )
+        if isinstance(records, str | Mapping) or not isinstance(records, Iterable):
+            raise DataError(f"{source}: 'categories' is {_shown(records)}: make it a list of records")
         try:
-            return cls(categories)
+            return cls(_checked_category(record, position) for position, record in enumerate(records))
         except DataError as error:
             raise DataError(f"{source}: {error}") from None
 
@@ -118,6 +110,42 @@ class Categories:
 
     def __repr__(self) -> str:
         return f"Categories({self.num_stuff} stuff, {self.num_things} things)"
+
+
+def _checked_category(record: Any, position: int) -> Category:
+    """One record of a COCO categories list, number `position` from 0."""
+    if not isinstance(record, Mapping):
+        raise DataError(f"category number {position} is {_shown(record)}: make it a record with id, name and isthing")
+    label = f"category '{record['name']}'" if record.get("name") else f"category number {position}"
+    for key in ("id", "name", "isthing"):
+        if key not in record:
+            raise DataError(f"{label} has no '{key}': add it to the categories list")
+    color = record.get("color")
+    if color is None:
+        color = _spread_color(position)
+    for key, is_right, rule in (
+        ("id", _is_whole(record["id"]), "a whole number"),
+        ("name", isinstance(record["name"], str), "a text"),
+        ("isthing", record["isthing"] in (0, 1) and not isinstance(record["isthing"], float), "0 or 1"),
+        ("color", _is_rgb(color), "three whole numbers 0..255, red, green and blue"),
+    ):
+        if not is_right:
+            raise DataError(f"{label}: '{key}' is {_shown(record[key])}: it must be {rule}")
+    red, green, blue = color
+    return Category(record["id"], record["name"], bool(record["isthing"]), (red, green, blue))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_rgb(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(_is_whole(v) and 0 <= v <= 255 for v in value)
+
+
+def _shown(value: Any) -> str:
+    """A value as json writes it, short enough for a sentence."""
+    return json.dumps(value, ensure_ascii=False, default=repr)[:60]
 
 
 def _spread_color(position: int) -> tuple[int, int, int]:
