@@ -2,6 +2,7 @@ from datetime import datetime
 from pathlib import Path
 
 from upsnet.config import load_recipe, paths
+from upsnet.dataset.annotated_set import coco_image_sets
 
 TIME = datetime(2024, 3, 7, 9, 5, 59)
 
@@ -29,6 +30,16 @@ def test_several_image_sets_are_joined_by_an_underscore():
     assert paths.tensorboard_folder(recipe, TIME).parent.name == "train2014_valminusminival2014"
     recipe = load_recipe("upsnet_resnet50_coco_16gpu", ["dataset.test_image_set=a+b"])
     assert paths.testing_folder(recipe).name == "a_b"
+
+
+def test_spaces_around_image_sets_do_not_count():
+    """Places and reader speak of the same sets."""
+    spaced = ["dataset.image_set= train + extra ", "dataset.test_image_set=a +b"]
+    recipe = load_recipe("upsnet_resnet50_coco_16gpu", spaced)
+    assert (recipe.dataset.image_set, recipe.dataset.test_image_set) == ("train+extra", "a+b")
+    assert paths.training_folder(recipe).name == "train_extra" and paths.testing_folder(recipe).name == "a_b"
+    files = coco_image_sets(Path("data"), recipe.dataset.image_set)
+    assert [each.image_dir for each in files] == [Path("data/images/train"), Path("data/images/extra")]
 
 
 def test_default_weights_lie_with_the_training_images():

@@ -7,7 +7,7 @@ from upsnet.config.schema import Recipe
 
 
 def _sets(image_sets: str) -> str:
-    return "_".join(name.strip() for name in image_sets.split("+"))
+    return image_sets.replace("+", "_")
 
 
 def _minute(time: datetime) -> str:

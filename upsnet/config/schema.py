@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from upsnet.structures.pixel_means import PIXEL_MEANS
+
 
 def _as_tuple(value: Any) -> Any:
     if isinstance(value, list):
@@ -44,9 +46,10 @@ def _even(value: int) -> int:
 
 
 def _image_sets(value: str) -> str:
-    if not all(name.strip() for name in value.split("+")):
+    names = [name.strip() for name in value.split("+")]
+    if not all(names):
         raise ValueError("must be an image set, or several joined by '+'")
-    return value
+    return "+".join(names)
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -74,7 +77,9 @@ class DatasetOptions(_Options):
     """Section `dataset`: which photos and labels."""
 
     dataset: Literal["coco", "panoptic", "Cityscapes", "ade20k"] = Field(
-        "coco", description="kind of data set; panoptic: any set in the COCO panoptic format, with classes of its own"
+        "coco",
+        description="kind of data set; panoptic: any set in the COCO panoptic format, with classes of its own; "
+        "Cityscapes and ade20k: recipes load, but there is no reader for their own layouts yet",
     )
     dataset_path: Text = Field(description="folder of the data set, with `images/` and `annotations/`")
     image_set: ImageSets = Field(description="training images, e.g. train2017; several sets are joined by `+`")
@@ -85,7 +90,9 @@ class DatasetOptions(_Options):
     num_seg_classes: Count | None = Field(
         None, description="S, all classes, stuff and things; null: from the data, otherwise checked against them"
     )
-    limit: Count | None = Field(None, description="use only the first N images of each set; null: all")
+    limit: Count | None = Field(
+        None, description="use only the first N images, counted over all joined sets together; null: all"
+    )
     num_workers: Natural = Field(4, description="processes that load images, for each worker; 0: load in the main one")
 
     @model_validator(mode="after")
@@ -104,9 +111,11 @@ class NetworkOptions(_Options):
         True,
         description="input is BGR 0..255 minus `pixel_means`; false: 0..1, then torchvision's mean and deviation",
     )
-    pixel_means: Means = Field((102.9801, 115.9465, 122.7717), description="channel means, in the order B, G, R")
+    pixel_means: Means = Field(PIXEL_MEANS, description="channel means, in the order B, G, R")
     backbone_stride_in_1x1: bool = Field(
-        True, description="bottlenecks stride in their first 1×1 convolution (caffe); false: in the 3×3 (torchvision)"
+        True,
+        description="bottlenecks stride in their first 1×1 convolution (caffe); false: in the 3×3 (torchvision); "
+        "without meaning for ResNet-18 and 34, which have no bottlenecks",
     )
     backbone_fix_bn: bool = Field(True, description="batch norm of the backbone is frozen; false: it is trained")
     backbone_with_norm: Literal["batch_norm", "group_norm"] = Field(
@@ -196,7 +205,9 @@ class TrainOptions(_Options):
     )
     precision: Precision = Field("fp32", description="arithmetic of the network in training")
     compat: Literal["original"] | None = Field(
-        None, description="original: with the original's oddities of training; null: with them mended"
+        None,
+        description="original: photos without things are left out of training; null: they take part. Sampling follows "
+        "the original either way",
     )
     use_horovod: bool = Field(False, description="for a launch by horovodrun; a plain launch is one worker")
     scales: Scales = Field((800,), description="short sides of the image in pixels, one is drawn each time")
@@ -205,7 +216,7 @@ class TrainOptions(_Options):
     shuffle: bool = Field(True, description="a new order of the images in every epoch")
     gt_min_area: float = Field(-1, description="leaves out instances with a smaller area in pixels")
     resume: bool = Field(False, description="continues from the snapshot of `begin_iteration`")
-    begin_iteration: Natural = Field(0, description="number of the first step")
+    begin_iteration: Natural = Field(0, description="number of the snapshot to resume from")
     display_iter: Count = Field(20, description="steps between two lines in the log")
     snapshot_step: Count = Field(2000, description="steps between two snapshots")
     eval_data: bool = Field(True, description="losses on the test images after every epoch")

@@ -17,9 +17,7 @@ from torch import Tensor
 from upsnet.structures.draws import SeededDraws
 from upsnet.structures.errors import DataError
 from upsnet.structures.masks import Masks
-
-PIXEL_MEANS = (102.9801, 115.9465, 122.7717)
-"""Channel means of the caffe networks, B, G, R in 0..255."""
+from upsnet.structures.pixel_means import PIXEL_MEANS
 
 _TORCHVISION_MEANS, _TORCHVISION_DEVIATIONS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
