@@ -7,7 +7,7 @@ from pycocotools import mask as coco_mask
 from tests.reference import panoptic as twin
 from upsnet.dataset.transforms import network_scale, scaled_size
 from upsnet.models.box_head import Candidates
-from upsnet.models.postprocess import detections_on_photo, merge_segments, paste_masks, resize_labels
+from upsnet.models.postprocess import detections_on_photo, labels_on_photo, merge_segments, paste_masks
 from upsnet.structures.sample import VOID
 
 PHOTO = (40, 55)
@@ -61,7 +61,7 @@ def test_labels_come_back_at_the_size_of_the_photo(photo, short_side):
     scale = network_scale(*photo, short_side, 1333)
     height, width = scaled_size(*photo, scale)
     labels = torch.arange(max(height, 1) * max(width, 1)).reshape(max(height, 1), max(width, 1)) % 3000 - 1
-    resized = resize_labels(labels, scale, photo)
+    resized = labels_on_photo(labels, scale, photo)
     assert resized.shape == photo and resized.dtype == np.int16
     # Where OpenCV's result has these pixels too, they are equal.
     theirs = cv2.resize(
@@ -78,7 +78,7 @@ def test_plain_enlarging_could_give_a_pixel_too_many(photo):
     labels = np.zeros(scaled_size(*photo, scale), dtype=np.int16)
     enlarged = cv2.resize(labels, None, fx=1 / scale, fy=1 / scale, interpolation=cv2.INTER_NEAREST)
     assert sorted(enlarged.shape) == [427, 641]
-    assert resize_labels(torch.from_numpy(labels), scale, photo).shape == photo
+    assert labels_on_photo(torch.from_numpy(labels), scale, photo).shape == photo
 
 
 def maps_of(seed, things, num_stuff, size=(24, 30)):

@@ -20,7 +20,7 @@ from upsnet.structures.errors import DataError
 from upsnet.structures.results import Truth
 from upsnet.structures.sample import Instances, Sample, Targets
 
-log = logging.getLogger("upsnet")
+logger = logging.getLogger("upsnet")
 
 
 class CocoPanoptic(Dataset[Sample]):
@@ -162,7 +162,7 @@ class CocoPanoptic(Dataset[Sample]):
             )
         if not usable.all():
             left_out, total = int((~usable).sum()), len(usable)
-            log.info("%d of %d images have no single thing with a usable box: left out of training", left_out, total)
+            logger.info("%d of %d images have no single thing with a usable box: left out of training", left_out, total)
         self._set_of, self._row_of = self._set_of[usable], self._row_of[usable]
 
     def _gather(self, columns: list[NDArray[Any]]) -> NDArray[Any]:

@@ -16,7 +16,7 @@ from upsnet.structures.categories import Categories
 from upsnet.structures.errors import DataError
 from upsnet.structures.masks import Mask, mask_from_coco
 
-log = logging.getLogger("upsnet")
+logger = logging.getLogger("upsnet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def read_instances(path: Path, categories: Categories, images: PanopticIndex) ->
         if key == "annotations":
             _read(path, record, columns)
     if columns.without_mask:
-        log.warning("%s: %d annotations have no polygon with three corners: left out", path, columns.without_mask)
+        logger.warning("%s: %d annotations have no polygon with three corners: left out", path, columns.without_mask)
     return _assemble(path, categories, images, columns)
 
 

@@ -18,7 +18,7 @@ from upsnet.structures.results import Detections, Prediction, Truth
 KINDS = {"bbox": "box", "segm": "mask"}
 """pycocotools' name of a kind of score → its name in the summary."""
 
-log = logging.getLogger("upsnet")
+logger = logging.getLogger("upsnet")
 
 NUMBERS = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l", "ar1", "ar10", "ar100", "ar_s", "ar_m", "ar_l")
 
@@ -81,7 +81,7 @@ class InstanceAP:
             medium and large objects; recall with 1, 10 and 100 detections, and by size. None where no object counts.
         """
         self.close()
-        log.info("average precision: %d images, %d true instances", len(self._images), len(self._annotations))
+        logger.info("average precision: %d images, %d true instances", len(self._images), len(self._annotations))
         categories = [{"id": c.id, "name": c.name} for c in self._categories if c.is_thing]
         return {
             KINDS[kind]: coco_scores(self._images, self._annotations, categories, path, kind)

@@ -65,7 +65,7 @@ def detections_on_photo(
     )
 
 
-def resize_labels(labels: Tensor, scale: float, original_size: tuple[int, int]) -> NDArray[np.int16]:
+def labels_on_photo(labels: Tensor, scale: float, original_size: tuple[int, int]) -> NDArray[np.int16]:
     """A label map at network scale, padded or not, on the photo: nearest neighbour, always the photo's own size."""
     height, width = original_size
     step = 1.0 / (1.0 / scale)  # the reciprocal of the enlargement, as OpenCV forms it

@@ -128,7 +128,8 @@ class ResNet(nn.Module):
     Args:
         depth: 18, 34, 50 or 101.
         norm: "frozen_batch_norm" for pretrained weights, "batch_norm" or "group_norm" to train from scratch.
-        stride_in_1x1: bottlenecks halve the map in their first 1×1 convolution; False: in the 3×3.
+        stride_in_1x1: bottlenecks halve the map in their first 1×1 convolution; False: in the 3×3. Without
+            meaning for depths 18 and 34, whose blocks have no 1×1 convolution.
         freeze_at: 0 trains everything, 1 freezes the stem, n ≥ 2 the stem and res2..resn.
         deformable_from: blocks of every stage with this number or a greater one are deformable; more than 5: none.
         deformable_last: the last blocks of res3 and res4 are deformable.
@@ -142,12 +143,11 @@ class ResNet(nn.Module):
         freeze_at: int = 2,
         deformable_from: int = 100,
         deformable_last: bool = False,
-        in_channels: int = 3,
     ) -> None:
         super().__init__()
         shape = DEPTHS[depth]
         self.freeze_at = freeze_at
-        self.stem = Stem(in_channels, 64, norm)
+        self.stem = Stem(3, 64, norm)
         channels = 64
         self.out_channels: list[int] = []
         for i, blocks in enumerate(shape.blocks):

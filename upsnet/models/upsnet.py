@@ -18,7 +18,7 @@ from upsnet.models.panoptic_head import (
     panoptic_loss,
     panoptic_target,
 )
-from upsnet.models.postprocess import detections_on_photo, merge_segments, resize_labels
+from upsnet.models.postprocess import detections_on_photo, labels_on_photo, merge_segments
 from upsnet.models.resnet import ResNet
 from upsnet.models.rpn import RPN, ProposalOptions, RPNOutput, propose, rpn_losses
 from upsnet.models.semantic_head import SemanticHead, roi_loss, semantic_loss
@@ -251,8 +251,8 @@ class UPSNet(nn.Module):
 
     def _on_photo(self, fused: PanopticMap, batch: Batch, image: int) -> Prediction:
         (height, width), original = batch.sizes[image], batch.original_sizes[image]
-        channels = resize_labels(fused.channels[:height, :width], batch.scales[image], original)
-        semantic = resize_labels(fused.semantic[:height, :width], batch.scales[image], original)
+        channels = labels_on_photo(fused.channels[:height, :width], batch.scales[image], original)
+        semantic = labels_on_photo(fused.semantic[:height, :width], batch.scales[image], original)
         segment_map, segments = merge_segments(
             channels,
             semantic,

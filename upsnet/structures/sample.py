@@ -106,8 +106,8 @@ class Batch:
         """The batch with all its tensors on the device."""
         return replace(
             self,
-            images=self.images.to(device, non_blocking=True),
-            semantic=None if self.semantic is None else self.semantic.to(device, non_blocking=True),
+            images=self.images.to(device),
+            semantic=None if self.semantic is None else self.semantic.to(device),
             instances=None if self.instances is None else [i.to(device) for i in self.instances],
             quarter_masks=None if self.quarter_masks is None else [m.to(device) for m in self.quarter_masks],
         )
