@@ -37,7 +37,7 @@ ACT_ON_IMPORT = {
     "__main__.py",
 }
 FORBIDDEN_CALLS = ("eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads", "yaml.unsafe_load")
-LONGEST_FILE = 450
+LONGEST_FILE, LONGEST_FUNCTION = 400, 70
 
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 
@@ -169,6 +169,14 @@ def test_no_global_state(path):
 def test_files_are_short(path):
     length = len(path.read_text(encoding="utf-8").splitlines())
     assert length <= LONGEST_FILE, f"{path.name} has {length} lines: give one of its ideas a file of its own"
+
+
+@each_file
+def test_functions_are_short(path):
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.FunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= LONGEST_FUNCTION, f"{path.name}: {node.name} has {length} lines: give a part of it a name"
 
 
 def public_functions(tree):
