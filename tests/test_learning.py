@@ -8,19 +8,20 @@ from upsnet import commands
 from upsnet.config import load_recipe, paths
 from upsnet.dataset.shapes import write_shapes
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]  # a crowded machine takes long
 
 
 def test_the_demo_recipe_learns_stuff_and_things(tmp_path: Path) -> None:
-    write_shapes(tmp_path / "shapes", train=400, val=40, seed=3)
+    """Little more than half of the demo's steps reach the floors that the demo has to reach."""
+    write_shapes(tmp_path / "shapes", train=600, val=40, seed=3)
     recipe = load_recipe(
         "upsnet_resnet18_shapes",
-        [f"dataset.dataset_path={tmp_path / 'shapes'}", f"output_path={tmp_path / 'out'}", "train.max_iteration=150"],
+        [f"dataset.dataset_path={tmp_path / 'shapes'}", f"output_path={tmp_path / 'out'}", "train.max_iteration=250"],
     )
     weights = commands.train(recipe)
     panoptic = commands.test(recipe, weights)["panoptic"]
-    assert panoptic["stuff"]["pq"] >= 50
-    assert panoptic["things"]["pq"] >= 10
+    assert panoptic["stuff"]["pq"] >= 65
+    assert panoptic["things"]["pq"] >= 20
     page = commands.report(recipe)
     assert page.stat().st_size > 100_000
 

@@ -43,7 +43,7 @@ def device_name(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"the CPU with {torch.get_num_threads()} threads"
+    return f"the CPU (threads: {torch.get_num_threads()})"
 
 
 # -- network -----------------------------------------------------------------------------------------------------------
