@@ -1,0 +1,31 @@
+"""From a recipe to the things it describes: the one room that knows recipe keys and constructors both."""
+
+from upsnet.builders.data import (
+    build_test_loader,
+    build_test_set,
+    build_training_loader,
+    build_training_set,
+    check_class_counts,
+    test_transform,
+    training_transform,
+)
+from upsnet.builders.network import build_network, choose_device, device_name
+from upsnet.builders.training import ROI_LOSS_SHARE, accumulation, build_optimizer_of, engine_options, loss_weights
+
+__all__ = [
+    "ROI_LOSS_SHARE",
+    "accumulation",
+    "build_network",
+    "build_optimizer_of",
+    "build_test_loader",
+    "build_test_set",
+    "build_training_loader",
+    "build_training_set",
+    "check_class_counts",
+    "choose_device",
+    "device_name",
+    "engine_options",
+    "loss_weights",
+    "test_transform",
+    "training_transform",
+]

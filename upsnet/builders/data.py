@@ -1,0 +1,113 @@
+"""From a recipe to its data sets and batches."""
+
+from pathlib import Path
+
+from upsnet.builders.training import accumulation
+from upsnet.config import Recipe
+from upsnet.dataset.annotated_set import coco_image_sets
+from upsnet.dataset.batches import SamePaddedSizeSampler, TrainingSampler
+from upsnet.dataset.coco_panoptic import CocoPanoptic
+from upsnet.dataset.loading import BatchLoader
+from upsnet.dataset.transforms import Transform
+from upsnet.structures.categories import Categories
+from upsnet.structures.errors import RecipeError
+
+
+def training_transform(recipe: Recipe) -> Transform:
+    """How training photos become network inputs."""
+    network, train = recipe.network, recipe.train
+    return Transform(train.scales, train.max_size, network.pixel_means, network.use_caffe_model, recipe.seed)
+
+
+def test_transform(recipe: Recipe) -> Transform:
+    """How photos become network inputs at test time.
+
+    Raises:
+        RecipeError: `test.scales` holds more than one scale.
+    """
+    network, test = recipe.network, recipe.test
+    if len(test.scales) > 1:
+        raise RecipeError(f"test.scales: {list(test.scales)} are several scales, testing takes one: choose one of them")
+    return Transform(test.scales, test.max_size, network.pixel_means, network.use_caffe_model)
+
+
+def build_training_set(recipe: Recipe) -> CocoPanoptic:
+    """The training images, with mirrored copies if the recipe says so.
+
+    The original trains on images with things only; without `compat: original` the others take part.
+    """
+    return _build_set(
+        recipe,
+        recipe.dataset.image_set,
+        training_transform(recipe),
+        flip_copies=recipe.train.flip,
+        skip_without_things=recipe.train.compat == "original",
+        min_area=recipe.train.gt_min_area,
+    )
+
+
+def build_test_set(recipe: Recipe, targets: bool = False) -> CocoPanoptic:
+    """The test images. targets: for validation losses."""
+    return _build_set(recipe, recipe.dataset.test_image_set, test_transform(recipe), targets=targets)
+
+
+def _build_set(
+    recipe: Recipe,
+    image_set: str,
+    transform: Transform,
+    *,
+    targets: bool = True,
+    flip_copies: bool = False,
+    skip_without_things: bool = False,
+    min_area: float = -1,
+) -> CocoPanoptic:
+    options = recipe.dataset
+    if options.dataset not in ("coco", "panoptic"):
+        raise RecipeError(
+            f"dataset.dataset: '{options.dataset}' cannot be read in its own layout yet: "
+            f"convert it to the COCO panoptic format and set dataset.dataset=panoptic"
+        )
+    dataset = CocoPanoptic(
+        coco_image_sets(Path(options.dataset_path), image_set),
+        transform,
+        targets=targets,
+        flip_copies=flip_copies,
+        skip_without_things=skip_without_things,
+        limit=options.limit,
+        min_area=min_area,
+    )
+    check_class_counts(recipe, dataset.categories, str(options.dataset_path))
+    return dataset
+
+
+def check_class_counts(recipe: Recipe, categories: Categories, source: str) -> None:
+    """Refuses a recipe whose class counts contradict the class table."""
+    for key, stated, found in (
+        ("num_classes", recipe.dataset.num_classes, categories.num_classes),
+        ("num_seg_classes", recipe.dataset.num_seg_classes, categories.num_seg_classes),
+    ):
+        if stated is not None and stated != found:
+            raise RecipeError(
+                f"dataset.{key} is {stated}, but {source} has {categories.num_things} thing and {categories.num_stuff} "
+                f"stuff classes, which makes {found}: correct the recipe or leave the key out"
+            )
+
+
+def build_training_loader(recipe: Recipe, dataset: CocoPanoptic, start_step: int) -> BatchLoader:
+    """Micro-batches from step `start_step` to the last one."""
+    sampler = TrainingSampler(
+        len(dataset),
+        recipe.train.batch_size,
+        accumulation(recipe),
+        seed=recipe.seed,
+        start_step=start_step,
+        steps=recipe.train.max_iteration,
+        shuffle=recipe.train.shuffle,
+    )
+    return BatchLoader(dataset, sampler, recipe.dataset.num_workers)
+
+
+def build_test_loader(recipe: Recipe, dataset: CocoPanoptic) -> BatchLoader:
+    """Batches of images of equal padded size, every image once."""
+    sampler = SamePaddedSizeSampler(dataset.padded_sizes(), recipe.test.batch_size)
+    return BatchLoader(dataset, sampler, recipe.dataset.num_workers)

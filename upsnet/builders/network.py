@@ -1,0 +1,135 @@
+"""From a recipe to its untrained network, and the device it runs on."""
+
+import torch
+
+from upsnet.config import Recipe, TestOptions, TrainOptions
+from upsnet.models.box_head import BoxHead, DetectionOptions
+from upsnet.models.fpn import FPN
+from upsnet.models.layers import NormKind
+from upsnet.models.mask_head import MaskHead
+from upsnet.models.matching import AnchorSampling, RoISampling
+from upsnet.models.resnet import ResNet
+from upsnet.models.rpn import RPN, ProposalOptions
+from upsnet.models.semantic_head import SemanticHead
+from upsnet.models.upsnet import SamplingOptions, SelectionOptions, UPSNet
+from upsnet.structures.categories import Categories
+from upsnet.structures.draws import seed_of
+from upsnet.structures.errors import RecipeError
+
+
+def choose_device(recipe: Recipe) -> torch.device:
+    """The first device of `gpus` where CUDA is found, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    first = int(recipe.gpus.split(",")[0])
+    if first >= torch.cuda.device_count():
+        raise RecipeError(f"gpus: device {first} is not there, this machine has {torch.cuda.device_count()}")
+    return torch.device("cuda", first)
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"the CPU (threads: {torch.get_num_threads()})"
+
+
+def build_network(recipe: Recipe, categories: Categories) -> UPSNet:
+    """The untrained network for these classes; its initial weights are a function of `seed`.
+
+    Raises:
+        RecipeError: the class table has no things, so there is nothing for the instance head to learn.
+    """
+    if categories.num_things == 0:
+        raise RecipeError("UPSNet needs at least one thing class: none of this data set's categories has 'isthing'")
+    network = recipe.network
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(recipe.seed))
+        backbone = ResNet(
+            _depth(recipe),
+            norm=_backbone_norm(recipe),
+            stride_in_1x1=network.backbone_stride_in_1x1,
+            freeze_at=network.backbone_freeze_at,
+            deformable_from=network.backbone_with_dconv,
+            deformable_last=network.backbone_with_dpyramid,
+        )
+        channels = network.fpn_feature_dim
+        built = UPSNet(
+            backbone,
+            FPN(
+                backbone.out_channels,
+                channels,
+                network.fpn_with_gap,
+                network.fpn_upsample_method,
+                network.fpn_with_norm,
+            ),
+            RPN(channels, ratios=network.anchor_ratios, scales=network.anchor_scales),
+            BoxHead(channels, categories.num_classes, network.rcnn_feature_dim, network.rcnn_with_norm),
+            MaskHead(
+                channels, categories.num_classes, network.mask_feature_dim, network.mask_size, network.rcnn_with_norm
+            ),
+            SemanticHead(
+                channels,
+                categories.num_seg_classes,
+                network.fcn_feature_dim,
+                network.fcn_num_layers,
+                network.fcn_with_norm,
+            ),
+            categories.num_stuff,
+            _sampling(recipe),
+            _selection(recipe),
+        )
+    # Convolutions and the deformable layers are fastest with the channels innermost; weights laid out so pull the maps
+    # along.
+    return built.to(memory_format=torch.channels_last)
+
+
+def _depth(recipe: Recipe) -> int:
+    return int(recipe.symbol.split("_")[1])
+
+
+def _backbone_norm(recipe: Recipe) -> NormKind:
+    network = recipe.network
+    if network.backbone_with_norm == "batch_norm" and network.backbone_fix_bn:
+        return "frozen_batch_norm"
+    return network.backbone_with_norm
+
+
+def _proposals(options: TrainOptions | TestOptions) -> ProposalOptions:
+    return ProposalOptions(
+        options.rpn_nms_thresh, options.rpn_pre_nms_top_n, options.rpn_post_nms_top_n, options.rpn_min_size
+    )
+
+
+def _sampling(recipe: Recipe) -> SamplingOptions:
+    train = recipe.train
+    return SamplingOptions(
+        anchors=AnchorSampling(
+            train.rpn_batch_size,
+            train.rpn_fg_fraction,
+            train.rpn_positive_overlap,
+            train.rpn_negative_overlap,
+            train.rpn_straddle_thresh,
+        ),
+        proposals=_proposals(train),
+        rois=RoISampling(
+            train.batch_rois,
+            train.fg_fraction,
+            train.fg_thresh,
+            train.bg_thresh_hi,
+            train.bg_thresh_lo,
+            recipe.network.bbox_reg_weights,
+        ),
+        keep_fraction=train.panoptic_box_keep_fraction,
+        with_roi_loss=train.fcn_with_roi_loss,
+    )
+
+
+def _selection(recipe: Recipe) -> SelectionOptions:
+    test = recipe.test
+    return SelectionOptions(
+        proposals=_proposals(test),
+        detections=DetectionOptions(test.score_thresh, test.nms_thresh, test.max_det, recipe.network.bbox_reg_weights),
+        panoptic_score_threshold=test.panoptic_score_thresh,
+        stuff_area_limit=test.panoptic_stuff_area_limit,
+    )

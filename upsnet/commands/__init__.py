@@ -1,0 +1,21 @@
+"""One function a command: recipe → builders → engine → files. The only room that knows all others."""
+
+from upsnet.commands.demo import DEMO_RECIPE, DEMO_TRAIN, DEMO_VAL, demo, shapes
+from upsnet.commands.predicting import predict
+from upsnet.commands.reporting import report
+from upsnet.commands.scoring import evaluate
+from upsnet.commands.testing import test
+from upsnet.commands.training import train
+
+__all__ = [
+    "DEMO_RECIPE",
+    "DEMO_TRAIN",
+    "DEMO_VAL",
+    "demo",
+    "evaluate",
+    "predict",
+    "report",
+    "shapes",
+    "test",
+    "train",
+]

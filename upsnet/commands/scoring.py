@@ -1,0 +1,14 @@
+"""`upsnet evaluate`: the score of stored panoptic files."""
+
+from pathlib import Path
+from typing import Any
+
+from upsnet.evaluation.coco_files import evaluate_files
+from upsnet.evaluation.tables import summary_tables
+
+
+def evaluate(prediction_json: Path, truth_json: Path, out: Path | None = None) -> dict[str, Any]:
+    """Scores COCO panoptic files, prints the table and, with `out`, writes the summary."""
+    summary = evaluate_files(prediction_json, truth_json, out)
+    print(summary_tables(summary, per_class=True))
+    return summary

@@ -1,0 +1,30 @@
+"""What a command says about the machine before it works."""
+
+import logging
+
+import torch
+
+from upsnet import builders
+from upsnet.config import Recipe
+from upsnet.operators import describe
+
+logger = logging.getLogger("upsnet")
+
+
+def say_where(device: torch.device) -> None:
+    """Logs the device and which operators run natively."""
+    logger.info("running on %s; %s", builders.device_name(device), describe())
+
+
+def say_how_many_workers(recipe: Recipe) -> None:
+    """Says so where a recipe made for several workers runs on one."""
+    if recipe.train.use_horovod:
+        reason = "train.use_horovod is true"
+    elif "," in recipe.gpus:
+        reason = "gpus lists several devices"
+    else:
+        return
+    logger.info("%s, but this is a plain launch: one worker, without Horovod", reason)
+    if recipe.train.total_batch is None:
+        count = recipe.train.batch_size
+        logger.info("train.total_batch is not set: a step sees %d images; set it if train.lr belongs to more", count)

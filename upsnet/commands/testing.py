@@ -1,0 +1,100 @@
+"""`upsnet test`: predictions of the test images, stored and scored."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from upsnet import builders
+from upsnet.commands.startup import say_where
+from upsnet.config import Recipe, paths
+from upsnet.dataset.coco_panoptic import CocoPanoptic
+from upsnet.engine.inference_loop import Evaluator, predict_batches, run_test
+from upsnet.engine.log import logging_to
+from upsnet.evaluation.instance_ap import InstanceAP
+from upsnet.evaluation.panoptic_quality import PanopticQuality
+from upsnet.evaluation.result_files import ResultWriter, read_results, write_summary
+from upsnet.evaluation.semantic_iou import SemanticIoU
+from upsnet.evaluation.tables import summary_tables
+from upsnet.predict import load_trained
+from upsnet.structures.pictures import write_png
+from upsnet.structures.results import Prediction
+from upsnet.visualize import draw_panoptic
+
+logger = logging.getLogger("upsnet")
+
+
+def test(recipe: Recipe, weights: Path | None = None, eval_only: bool = False) -> dict[str, Any]:
+    """Tests weights on the recipe's test images: stores the results, scores them, prints the tables.
+
+    Args:
+        weights: default: the recipe's own last snapshot.
+        eval_only: score what an earlier test stored; no weights are read.
+
+    Returns:
+        The content of `results/summary.json`; empty with `test.vis_mask`, which draws pictures and scores nothing.
+
+    Raises:
+        UserError: the recipe, the data, the weights, the stored results or the place to write to is at fault.
+    """
+    folder = paths.results_folder(recipe)
+    with logging_to(paths.log_file(recipe, paths.testing_folder(recipe), datetime.now())):
+        dataset = builders.build_test_set(recipe)
+        if eval_only:
+            predictions: Iterable[Prediction] = read_results(folder, dataset.categories)
+        else:
+            predictions = _fresh_predictions(recipe, dataset, weights or paths.default_weights(recipe))
+        if recipe.test.vis_mask:
+            run_test(predictions, dataset.image_ids.tolist(), writer=_PictureWriter(folder / "vis", dataset))
+            return {}
+        summary = _score(predictions, dataset, folder, store=not eval_only)
+        path = write_summary(folder, summary)
+        print(summary_tables(summary))
+        logger.debug("scores by class\n%s", summary_tables(summary, per_class=True))  # into the log file only
+        logger.info("scores: %s", path)
+        return summary
+
+
+def _fresh_predictions(recipe: Recipe, dataset: CocoPanoptic, weights: Path) -> Iterator[Prediction]:
+    device = builders.choose_device(recipe)
+    network = builders.build_network(recipe, dataset.categories)
+    load_trained(network, weights, dataset.categories)
+    say_where(device)
+    logger.info("testing %s on %d images of %s", weights, dataset.num_photos, recipe.dataset.dataset_path)
+    loader = builders.build_test_loader(recipe, dataset)
+    return predict_batches(network.to(device), loader, recipe.test.precision)
+
+
+def _score(predictions: Iterable[Prediction], dataset: CocoPanoptic, folder: Path, store: bool) -> dict[str, Any]:
+    position = {image_id: i for i, image_id in enumerate(dataset.image_ids.tolist())}
+    instances = InstanceAP(dataset.categories, folder, store)
+    evaluators: dict[str, Evaluator] = {
+        "panoptic": PanopticQuality(dataset.categories),
+        "instances": instances,
+        "semantic": SemanticIoU(dataset.categories),
+    }
+    try:
+        with ResultWriter(folder, dataset.categories) if store else nullcontext() as writer:
+            parts = run_test(predictions, position, lambda i: dataset.truth(position[i]), evaluators, writer)
+    except BaseException:
+        instances.discard()
+        raise
+    return {"panoptic": parts["panoptic"], **parts["instances"], "semantic": parts["semantic"]}
+
+
+class _PictureWriter:
+    """Draws predictions instead of storing them."""
+
+    def __init__(self, folder: Path, dataset: CocoPanoptic) -> None:
+        self._folder, self._dataset = folder, dataset
+        self._position = {image_id: i for i, image_id in enumerate(dataset.image_ids.tolist())}
+
+    def add(self, prediction: Prediction) -> None:
+        assert prediction.segment_map is not None
+        photo = self._dataset.photo(self._position[prediction.image_id])
+        picture = draw_panoptic(photo, prediction.segment_map, prediction.segments, self._dataset.categories)
+        # Photos of two folders may share a name.
+        name = Path(prediction.file_name).with_suffix(".png").as_posix().replace("/", "_")
+        write_png(self._folder / name, picture)

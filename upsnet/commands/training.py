@@ -1,0 +1,160 @@
+"""`upsnet train`: from a recipe to snapshots."""
+
+import logging
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from upsnet import builders
+from upsnet.checkpoints.resnet import load_pretrained
+from upsnet.commands.startup import say_how_many_workers, say_where
+from upsnet.config import Recipe, dump_recipe, paths
+from upsnet.dataset.coco_panoptic import CocoPanoptic
+from upsnet.dataset.loading import BatchLoader
+from upsnet.engine.log import TrainingLog, logging_to
+from upsnet.engine.options import LoopOptions
+from upsnet.engine.snapshots import ResumeState, Snapshots, complete_snapshots, resume
+from upsnet.engine.train import train as run_training
+from upsnet.structures.errors import DataError, RecipeError, WeightsError
+from upsnet.structures.pictures import write_png
+from upsnet.structures.sample import Batch
+from upsnet.visualize import draw_batch
+
+logger = logging.getLogger("upsnet")
+
+
+def train(recipe: Recipe) -> Path:
+    """Trains a recipe and returns the path of the last snapshot's weights.
+
+    Raises:
+        UserError: the recipe, the data, the weights or the place to write to is at fault.
+    """
+    if recipe.train.begin_iteration > 0 and not recipe.train.resume:
+        raise RecipeError(
+            f"train.begin_iteration is {recipe.train.begin_iteration}, but train.resume is false: "
+            f"set train.resume=true to go on from that step, or leave train.begin_iteration out"
+        )
+    now = datetime.now()
+    folder = paths.training_folder(recipe)
+    with logging_to(paths.log_file(recipe, folder, now)):
+        device = builders.choose_device(recipe)
+        dataset = builders.build_training_set(recipe)
+        network = builders.build_network(recipe, dataset.categories).to(device)
+        optimizer = builders.build_optimizer_of(recipe, network)
+        options = builders.engine_options(recipe, len(dataset))
+        say_where(device)
+        say_how_many_workers(recipe)
+        start = _starting_point(recipe, network, optimizer)
+        _say_what_is_trained(recipe, dataset, network, options)
+        _say_what_will_not_come(recipe)
+        snapshots = Snapshots(folder, recipe.model_prefix, dataset.categories, dump_recipe(recipe))
+        if start is None and ((folder / "metrics.jsonl").exists() or complete_snapshots(folder)):
+            logger.warning("an earlier run in %s is replaced; train.resume=true would go on with it", folder)
+        validation = _validation_batches(recipe, dataset) if recipe.train.eval_data else None
+        begin = start.iteration if start else 0
+        tensorboard = paths.tensorboard_folder(recipe, now)
+        with TrainingLog(folder / "metrics.jsonl", tensorboard, begin) as log:
+            run_training(
+                network,
+                builders.build_training_loader(recipe, dataset, begin),
+                optimizer,
+                options,
+                snapshots,
+                log,
+                start,
+                validation,
+                on_first_batch=lambda batch: _draw_first_batch(batch, dataset, folder),
+            )
+        return snapshots.path(options.max_iteration)
+
+
+def _starting_point(recipe: Recipe, network: nn.Module, optimizer: torch.optim.Optimizer) -> ResumeState | None:
+    """Puts weights into the network: those of the snapshot that is resumed, else the pretrained ones, if any."""
+    if recipe.train.resume:
+        start = resume(paths.snapshot_file(recipe, recipe.train.begin_iteration), network, optimizer)
+        if start.iteration >= recipe.train.max_iteration:
+            raise RecipeError(
+                f"train.max_iteration is {recipe.train.max_iteration}, but the snapshot to resume from has "
+                f"{start.iteration} steps already: raise it"
+            )
+        logger.info("resuming after step %d", start.iteration)
+        return start
+    if recipe.network.pretrained is not None:
+        _check_pretrained(recipe, Path(recipe.network.pretrained))
+        report = load_pretrained(network, Path(recipe.network.pretrained))
+        logger.info("%s: %d tensors loaded", recipe.network.pretrained, len(report.loaded))
+        for what, names in (("not used", report.left_out), ("of another shape", list(report.other_shape))):
+            if names:
+                logger.info("%s: %s: %s", recipe.network.pretrained, what, ", ".join(names))
+    return None
+
+
+def _check_pretrained(recipe: Recipe, path: Path) -> None:
+    if not path.is_file():
+        depth = recipe.symbol.split("_")[1]
+        raise WeightsError(
+            f"network.pretrained: there is no weight file {path}: put a ResNet-{depth} there, or train from scratch "
+            f"with network.pretrained=null network.backbone_fix_bn=false network.backbone_freeze_at=0"
+        )
+
+
+def _say_what_will_not_come(recipe: Recipe) -> None:
+    train = recipe.train
+    if train.lr_schedule == "step" and train.decay_iteration and train.decay_iteration[0] >= train.max_iteration:
+        what, step = "decay_iteration", train.decay_iteration[0]
+    elif train.warmup_iteration >= train.max_iteration:
+        what, step = "warmup_iteration", train.warmup_iteration
+    else:
+        return
+    logger.warning(
+        "train.%s is %d, but training ends at step %d: the schedule belongs to a longer training",
+        what,
+        step,
+        train.max_iteration,
+    )
+
+
+def _say_what_is_trained(recipe: Recipe, dataset: CocoPanoptic, network: nn.Module, options: LoopOptions) -> None:
+    logger.info(
+        "data: %d images (%d entries with mirrored copies) of %s, %d thing and %d stuff classes",
+        dataset.num_photos,
+        len(dataset),
+        recipe.dataset.dataset_path,
+        dataset.categories.num_things,
+        dataset.categories.num_stuff,
+    )
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    logger.info("parameters: %.2f of %.2f million are trained", trained / 1e6, _count_parameters(network) / 1e6)
+    logger.info("losses: %s", ", ".join(f"{weight:g} {name}" for name, weight in options.loss_weights.items()))
+    batch_size = recipe.train.batch_size
+    logger.info(
+        "total batch %d = 1 worker × %d images × %d micro-batches; %d steps an epoch, %d steps in all",
+        batch_size * options.accumulation,
+        batch_size,
+        options.accumulation,
+        options.steps_per_epoch,
+        options.max_iteration,
+    )
+
+
+def _validation_batches(recipe: Recipe, training_set: CocoPanoptic) -> BatchLoader:
+    dataset = builders.build_test_set(recipe, targets=True)
+    if dataset.categories != training_set.categories:
+        raise DataError(
+            f"{recipe.dataset.dataset_path}: {recipe.dataset.test_image_set} has other categories than "
+            f"{recipe.dataset.image_set}: correct one of the panoptic json files"
+        )
+    return builders.build_test_loader(recipe, dataset)
+
+
+def _count_parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def _draw_first_batch(batch: Batch, dataset: CocoPanoptic, folder: Path) -> None:
+    assert dataset.transform is not None
+    path = folder / "first_batch.png"
+    write_png(path, draw_batch(batch, dataset.categories, dataset.transform.picture))
+    logger.info("the first batch as the network sees it: %s", path)
