@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     add("report", _add_report, "write a page with scores, curves and a gallery of a tested recipe")
     add("shapes", _add_shapes, "write the synthetic data set")
     add("demo", _add_demo, "make shapes, train on it, test, write the report")
+    add("prepare", _add_prepare, "check a data set as its owners give it out and make it ready")
     return parser
 
 
@@ -161,6 +162,25 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(action=_demo)
 
 
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(title="data sets", required=True, metavar="DATASET")
+
+    def add(name: str, fill: Callable[[argparse.ArgumentParser], None], text: str) -> None:
+        fill(kinds.add_parser(name, help=text, description=text))
+
+    add("coco", _add_prepare_coco, "check a COCO tree; nothing is downloaded, no file of it is changed")
+
+
+def _add_prepare_coco(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "path", nargs="?", type=Path, default=Path("data/coco"), metavar="PATH", help="default data/coco"
+    )
+    parser.add_argument(
+        "--deep", action="store_true", help="also read every label picture and hold it against the json"
+    )
+    parser.set_defaults(action=_prepare_coco)
+
+
 # The commands are imported when one runs, so that neither `--help` nor a misspelt recipe waits for torch.
 
 
@@ -220,3 +240,9 @@ def _demo(options: argparse.Namespace) -> None:
     from upsnet import commands
 
     commands.demo(options.overrides)
+
+
+def _prepare_coco(options: argparse.Namespace) -> None:
+    from upsnet import commands
+
+    commands.prepare_coco(options.path, options.deep)
