@@ -1,7 +1,6 @@
 """The whole network gives the original's numbers (`oracle_fixtures/forward_*.npz`, `losses_*.npz`)."""
 
 import json
-import re
 import zlib
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from tests.fixtures import NumpyDraws
 from tests.models.test_checkpoint_keys import categories_of
 from upsnet.builders import build_network, loss_weights
+from upsnet.checkpoints.released import our_name
 from upsnet.config import load_recipe
 from upsnet.dataset.batches import collate
 from upsnet.dataset.transforms import Transform, network_scale, quarter_masks, resize_labels
@@ -20,36 +20,6 @@ from upsnet.structures.masks import Masks, mask_from_coco
 from upsnet.structures.sample import VOID, Instances, Sample, Targets
 
 LARGE = pytest.param("resnet101_dcn_coco_3x_16gpu", marks=pytest.mark.slow)
-
-OURS = [
-    (r"resnet_backbone\.conv1\.(conv|bn)1", r"backbone.stem.\1"),
-    (r"resnet_backbone\.(res\d)\.layers", r"backbone.\1"),
-    (r"\.bn(\d)?", r".norm\1"),
-    (r"conv2_offset", "conv2.offset"),
-    (r"downsample\.0", "downsample.conv"),
-    (r"downsample\.1", "downsample.norm"),
-    (r"fpn\.fpn_gap", "fpn.global_average"),
-    (r"fpn\.fpn_p(\d)_1x1", lambda m: f"fpn.lateral.{int(m[1]) - 2}.conv"),
-    (r"fpn\.fpn_p(\d)", lambda m: f"fpn.output.{int(m[1]) - 2}.conv"),
-    (r"rpn\.conv_proposal\.0", "rpn.conv"),
-    (r"rpn\.cls_score", "rpn.objectness"),
-    (r"rpn\.bbox_pred", "rpn.deltas"),
-    (r"rcnn\.(fc\d)\.0", r"box_head.\1"),
-    (r"rcnn\.cls_score", "box_head.class_logits"),
-    (r"rcnn\.bbox_pred", "box_head.deltas"),
-    (r"mask_branch\.mask_conv(\d)\.0", lambda m: f"mask_head.convs.{int(m[1]) - 1}.conv"),
-    (r"mask_branch\.mask_deconv1\.0", "mask_head.deconv"),
-    (r"mask_branch\.mask_score", "mask_head.score"),
-    (r"fcn_head\.fcn_subnet\.conv\.(\d)\.0\.conv_offset", r"semantic_head.layers.\1.conv.offset"),
-    (r"fcn_head\.fcn_subnet\.conv\.(\d)\.0\.conv", r"semantic_head.layers.\1.conv"),
-    (r"fcn_head\.score", "semantic_head.score"),
-]
-
-
-def our_name(name):
-    for pattern, replacement in OURS:
-        name = re.sub(rf"{pattern}(?=\.|$)", replacement, name)
-    return name
 
 
 def weight(name, shape, file):
