@@ -13,6 +13,7 @@ from upsnet.dataset.transforms import (
     padded_size,
     quarter_masks,
     resize_labels,
+    resize_photo,
     scaled_size,
 )
 from upsnet.structures.errors import DataError
@@ -47,6 +48,15 @@ def test_halves_round_to_even_as_opencv_does():
     for side in range(1, 40):
         resized = cv2.resize(np.zeros((side, 3), np.float32), None, fx=1, fy=0.5) if side > 1 else None
         assert resized is None or resized.shape[0] == scaled_size(side, 3, 0.5)[0]
+
+
+def test_photos_are_sampled_in_steps_of_the_scale():
+    """Not in steps of the ratio of the rounded sizes: 50 · 1.05 = 52.5 becomes 52 pixels."""
+    scale, width = 1.05, 50
+    ramp = np.broadcast_to(np.arange(width, dtype=np.float32)[None, :, None], (20, width, 3))
+    row = resize_photo(np.ascontiguousarray(ramp), scale)[0, 10].numpy()
+    positions = (np.arange(52) + 0.5) / scale - 0.5
+    np.testing.assert_allclose(row, positions.clip(0, width - 1), atol=2e-3)
 
 
 def test_a_photo_of_which_nothing_would_be_left_is_refused():

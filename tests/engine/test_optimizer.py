@@ -33,6 +33,13 @@ def test_trace_of_the_original(shared, name):
             torch.testing.assert_close(buffer, torch.tensor(step[f"buf_{key}"]), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("kind", "factor"), [("sgd", 2.0), ("adamw", 1.0)])
+def test_only_sgd_moves_biases_at_twice_the_rate(kind, factor):
+    optimizer = build_optimizer(nn.Linear(2, 2), kind)
+    set_learning_rate(optimizer, 0.1)
+    assert {group["kind"]: group["lr"] for group in optimizer.param_groups} == {"weight": 0.1, "bias": 0.1 * factor}
+
+
 def test_groups_go_by_kind():
     network = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.Conv2d(4, 4, 1, bias=False),

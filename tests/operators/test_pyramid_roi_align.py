@@ -46,6 +46,13 @@ def test_levels_are_those_of_the_rule():
     assert roi_levels(torch.zeros(0, 4)).shape == (0,)
 
 
+def test_the_small_term_of_the_rule_stands_inside_the_logarithm():
+    """A box whose area falls short of 112² by 2.8e-6 of it is lifted over the border only so."""
+    just_short = torch.tensor([[0.0, 0.0, 111.0, 112 * (1 - 2.8e-6) - 1]])
+    assert roi_levels(just_short).tolist() == [1]
+    assert roi_levels(torch.tensor([[0.0, 0.0, 111.0, 112 * (1 - 6e-6) - 1]])).tolist() == [0]
+
+
 @pytest.mark.parametrize("output_size", [1, 7, 14])
 def test_roi_by_roi(output_size):
     generator = torch.Generator().manual_seed(1)
