@@ -1,13 +1,22 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
 
 from tests.miniature import write_miniature
-from tests.reference.panoptic_files import as_prediction, read_categories, read_truths, with_instances
+from tests.reference.panoptic_files import (
+    as_prediction,
+    read_categories,
+    read_truths,
+    store_results,
+    with_instances,
+)
+from upsnet.evaluation.detection_files import DETECTION_KINDS, detection_file
 from upsnet.evaluation.instance_ap import NUMBERS, InstanceAP, coco_scores
-from upsnet.structures.errors import PlaceError
+from upsnet.structures.errors import DataError, PlaceError
 from upsnet.structures.results import Detections
 
 
@@ -38,67 +47,53 @@ def test_official_example(shared):
     assert compared == 24
 
 
+def scores_of(predictions, truths, categories, folder):
+    """Box and mask scores, by way of a finished result folder."""
+    store_results(folder, predictions, categories)
+    evaluators = [InstanceAP(categories, detection_file(folder, kind), kind) for kind in DETECTION_KINDS]
+    for evaluator in evaluators:
+        for prediction, truth in zip(predictions, truths, strict=True):
+            evaluator.add(prediction, truth)
+    return [evaluator.summary() for evaluator in evaluators]
+
+
+def perfect(truths, categories):
+    return [with_instances(as_prediction(truth), categories, np.linspace(0.9, 0.5, 9)) for truth in truths]
+
+
 def test_truth_as_detections_is_perfect(miniature, tmp_path):
     categories, truths = miniature
-    ap = InstanceAP(categories, tmp_path)
-    for truth in truths:
-        ap.add(with_instances(as_prediction(truth), categories, np.linspace(0.9, 0.5, 9)), truth)
-    assert not (tmp_path / "bbox_results.json").exists(), "the name is given at the end"
-    summary = ap.summary()
-    assert summary["box"]["ap"] == summary["mask"]["ap"] == 100.0
-    assert summary["box"]["ap_l"] is None, "no object of the miniature is large"
-    boxes, masks = (json.loads((tmp_path / f"{kind}_results.json").read_text()) for kind in ("bbox", "segm"))
-    assert len(boxes) == len(masks) == 10
-    assert set(boxes[0]) == {"image_id", "category_id", "bbox", "score"}
-    assert set(masks[0]) == {"image_id", "category_id", "segmentation", "score"}
-    assert list(tmp_path.glob("*.part")) == []
-
-
-def test_boxes_are_inclusive_and_classes_become_categories(miniature, tmp_path):
-    categories, truths = miniature
-    ap = InstanceAP(categories, tmp_path)
-    prediction = as_prediction(truths[0])
-    prediction.instances = Detections(
-        np.asarray([[2.5, 3, 4.5, 3]], np.float32), np.asarray([3]), np.asarray([0.25], np.float32),
-        [coco_mask.encode(np.ones(truths[0].segment_map.shape, np.uint8, order="F"))],
-    )
-    ap.add(prediction, truths[0])
-    ap.close()
-    (record,) = json.loads((tmp_path / "bbox_results.json").read_text())
-    assert record["bbox"] == [2.5, 3.0, 3.0, 1.0] and record["score"] == 0.25
-    assert record["category_id"] == 3 and record["image_id"] == truths[0].image_id
+    box, mask = scores_of(perfect(truths, categories), truths, categories, tmp_path)
+    assert box["ap"] == mask["ap"] == 100.0
+    assert box["ap_l"] is None, "no object of the miniature is large"
 
 
 def test_a_wrong_class_and_a_poor_mask_cost(miniature, tmp_path):
     categories, truths = miniature
-    ap = InstanceAP(categories, tmp_path)
-    for truth in truths:
-        prediction = with_instances(as_prediction(truth), categories, [0.5] * 9)
-        for i, mask in enumerate(prediction.instances.masks):
-            half = coco_mask.decode(mask)
+    predictions = perfect(truths, categories)
+    for prediction in predictions:
+        for i, rle in enumerate(prediction.instances.masks):
+            half = coco_mask.decode(rle)
             half[:, : half.shape[1] // 4] = 0
             prediction.instances.masks[i] = coco_mask.encode(np.asfortranarray(half))
-        ap.add(prediction, truth)
-    summary = ap.summary()
-    assert summary["box"]["ap"] == 100.0 and 0 < summary["mask"]["ap"] < 95
+    box, mask = scores_of(predictions, truths, categories, tmp_path)
+    assert box["ap"] == 100.0 and 0 < mask["ap"] < 95
+    for prediction in predictions:
+        prediction.instances.classes[:] = prediction.instances.classes % 3 + 1
+    assert [scores["ap"] for scores in scores_of(predictions, truths, categories, tmp_path)] == [0.0, 0.0]
 
 
 def test_nothing_detected_nothing_true_nothing_tested(miniature, tmp_path):
     categories, truths = miniature
-    ap = InstanceAP(categories, tmp_path)
     prediction = as_prediction(truths[0])
     prediction.instances = no_detections()
-    ap.add(prediction, truths[0])
-    assert ap.summary()["box"]["ap"] == ap.summary()["mask"]["ap"] == 0.0
+    assert [scores["ap"] for scores in scores_of([prediction], truths[:1], categories, tmp_path)] == [0.0, 0.0]
 
-    ap = InstanceAP(categories, tmp_path)
-    bare = with_instances(as_prediction(truths[0]), categories, [0.5] * 9)
-    truths[3].image_id, image_id = bare.image_id, truths[3].image_id
-    ap.add(bare, truths[3])  # a photo without things
-    truths[3].image_id = image_id
-    assert set(ap.summary()["mask"].values()) == {None}
-
-    assert set(InstanceAP(categories, tmp_path).summary()["box"].values()) == {None}
+    bare = replace(perfect(truths, categories)[0], image_id=truths[3].image_id)  # of a photo without things
+    for scores in scores_of([bare], truths[3:4], categories, tmp_path):
+        assert set(scores.values()) == {None}
+    (tmp_path / "bbox_results.json").write_text("[]")
+    assert set(InstanceAP(categories, tmp_path / "bbox_results.json", "bbox").summary().values()) == {None}
 
 
 def test_annotation_ids_may_repeat_over_photos(miniature, tmp_path):
@@ -108,32 +103,31 @@ def test_annotation_ids_may_repeat_over_photos(miniature, tmp_path):
     test_truth_as_detections_is_perfect(miniature, tmp_path)
 
 
-def test_stored_detections_are_scored_as_they_are(miniature, tmp_path):
+def test_true_masks_of_every_form(miniature, tmp_path):
+    """Polygons, RLE as text and RLE as a list of counts are what pycocotools takes them for."""
     categories, truths = miniature
-    scores = []
-    for store in (True, False):
-        ap = InstanceAP(categories, tmp_path, store)
-        for truth in truths:
-            ap.add(with_instances(as_prediction(truth), categories, np.linspace(0.9, 0.5, 9)), truth)
-        before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("*.json")}
-        scores.append(ap.summary())
-    assert scores[0] == scores[1]
-    assert len(before) == 2 and set(tmp_path.iterdir()) == before.keys()
-    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before}
+    height, width = truths[0].segment_map.shape
+    start, rest = 700, height * width - 800
+    masks = {
+        "polygons": [[9.5, 8, 30.5, 9, 31, 29, 8, 31.5], [20.0, 20.0, 40.0, 20.0, 40.0, 40.0]],
+        "counts": {"size": [height, width], "counts": [start, 100, rest]},
+        "text": coco_mask.frPyObjects({"size": [height, width], "counts": [start, 100, rest]}, height, width),
+    }
+    for name, segmentation in masks.items():
+        coco = COCO()
+        coco.imgs = {1: {"height": height, "width": width}}
+        rle = coco.annToRLE({"image_id": 1, "segmentation": segmentation})
+        annotation = {"id": 1, "category_id": 3, "area": 100, "iscrowd": 0, "bbox": [0, 0, 1, 1]}
+        truth = replace(truths[0], annotations=[{**annotation, "segmentation": segmentation}])
+        found = Detections(np.zeros((1, 4), np.float32), np.asarray([3]), np.ones(1, np.float32), [rle])
+        prediction = replace(as_prediction(truth), instances=found)
+        assert scores_of([prediction], [truth], categories, tmp_path)[1]["ap"] == pytest.approx(100.0), name
 
 
-def test_unwritable_folder(miniature, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(PlaceError, match=r"cannot write .*bbox_results\.json"):
-        InstanceAP(miniature[0], tmp_path / "file" / "results")
-
-
-def test_full_disk(miniature, tmp_path):
-    categories, truths = miniature
-    (tmp_path / "segm_results.json.part").symlink_to("/dev/full")
-    ap = InstanceAP(categories, tmp_path)
-    with pytest.raises(PlaceError, match=r"segm_results\.json: No space left"):
-        for _ in range(100):
-            ap.add(with_instances(as_prediction(truths[0]), categories, [0.5] * 9), truths[0])
-        ap.close()
-    assert not (tmp_path / "segm_results.json").exists()
+def test_missing_and_damaged_results(miniature, tmp_path):
+    categories, path = miniature[0], detection_file(tmp_path, "segm")
+    with pytest.raises(PlaceError, match=r"cannot read .*segm_results\.json"):
+        InstanceAP(categories, path, "segm").summary()
+    path.write_text("[{")
+    with pytest.raises(DataError, match=r"segm_results\.json: is not valid json"):
+        InstanceAP(categories, path, "segm").summary()

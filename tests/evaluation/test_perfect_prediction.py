@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from tests.reference.panoptic_files import as_prediction, with_instances
+from tests.reference.panoptic_files import as_prediction, store_results, with_instances
 from upsnet.dataset.annotated_set import coco_image_sets
 from upsnet.dataset.coco_panoptic import CocoPanoptic
 from upsnet.dataset.shapes import write_shapes
+from upsnet.evaluation.detection_files import DETECTION_KINDS, detection_file
 from upsnet.evaluation.instance_ap import InstanceAP
 from upsnet.evaluation.panoptic_quality import PanopticQuality
 from upsnet.evaluation.semantic_iou import SemanticIoU
@@ -22,14 +23,17 @@ def dataset(request, shared, tmp_path):
 
 def test_full_marks(dataset, tmp_path):
     categories = dataset.categories
-    quality, semantic, ap = PanopticQuality(categories), SemanticIoU(categories), InstanceAP(categories, tmp_path)
-    wanted = found = 0
+    quality, semantic = PanopticQuality(categories), SemanticIoU(categories)
+    aps = [InstanceAP(categories, detection_file(tmp_path, kind), kind) for kind in DETECTION_KINDS]
+    predictions, wanted, found = [], 0, 0
     for i in range(len(dataset)):
         truth = dataset.truth(i)
         prediction = with_instances(as_prediction(truth), categories, np.linspace(0.9, 0.5, 200))
+        predictions.append(prediction)
         matching = quality.add(prediction, truth)
         semantic.add(prediction, truth)
-        ap.add(prediction, truth)
+        for ap in aps:
+            ap.add(prediction, truth)
         wanted += sum(not segment.is_crowd for segment in truth.segments)
         found += len(matching.matched)
         assert not matching.ignored
@@ -37,5 +41,5 @@ def test_full_marks(dataset, tmp_path):
     panoptic = quality.summary()
     assert [panoptic[group][key] for group in ("all", "things", "stuff") for key in ("pq", "sq", "rq")] == [100.0] * 9
     assert semantic.summary()["miou_present"] == semantic.summary()["aacc"] == 100.0
-    scores = ap.summary()
-    assert scores["box"]["ap"] == scores["mask"]["ap"] == pytest.approx(100.0)
+    store_results(tmp_path, predictions, categories)
+    assert [ap.summary()["ap"] for ap in aps] == [pytest.approx(100.0)] * 2

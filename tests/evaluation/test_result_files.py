@@ -2,17 +2,25 @@ import json
 
 import numpy as np
 import pytest
+from pycocotools import mask as coco_mask
 
 from tests.miniature import edited, write_miniature
-from tests.reference.panoptic_files import as_prediction, read_categories, read_truths, with_instances
+from tests.reference.panoptic_files import (
+    as_prediction,
+    read_categories,
+    read_truths,
+    store_results,
+    with_instances,
+)
 from upsnet.evaluation.coco_files import evaluate_files
+from upsnet.evaluation.detection_files import detection_file
 from upsnet.evaluation.instance_ap import InstanceAP
 from upsnet.evaluation.panoptic_quality import PanopticQuality
 from upsnet.evaluation.result_files import ResultWriter, read_results, write_summary
 from upsnet.evaluation.semantic_iou import SemanticIoU
 from upsnet.structures.categories import Categories, Category
 from upsnet.structures.errors import DataError, PlaceError, UserError
-from upsnet.structures.results import Prediction, Segment
+from upsnet.structures.results import Detections, Prediction, Segment
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +39,16 @@ def imperfect(truth, categories):
 
 
 def score(predictions, truths, categories, folder):
-    quality, semantic, ap = PanopticQuality(categories), SemanticIoU(categories), InstanceAP(categories, folder)
+    evaluators = {
+        "panoptic": PanopticQuality(categories),
+        "box": InstanceAP(categories, detection_file(folder, "bbox"), "bbox"),
+        "mask": InstanceAP(categories, detection_file(folder, "segm"), "segm"),
+        "semantic": SemanticIoU(categories),
+    }
     for prediction, truth in zip(predictions, truths, strict=True):
-        quality.add(prediction, truth)
-        semantic.add(prediction, truth)
-        ap.add(prediction, truth)
-    return {"panoptic": quality.summary(), **ap.summary(), "semantic": semantic.summary()}
+        for evaluator in evaluators.values():
+            evaluator.add(prediction, truth)
+    return {name: evaluator.summary() for name, evaluator in evaluators.items()}
 
 
 @pytest.fixture
@@ -45,11 +57,8 @@ def stored(miniature, tmp_path):
     _, categories, truths = miniature
     predictions = [imperfect(truth, categories) for truth in truths]
     folder = tmp_path / "results"
-    with ResultWriter(folder, categories) as writer:
-        for prediction in predictions:
-            writer.add(prediction)
-        summary = score(predictions, truths, categories, folder)
-    return folder, predictions, summary
+    store_results(folder, predictions, categories)
+    return folder, predictions, score(predictions, truths, categories, folder)
 
 
 def test_what_is_stored_scores_the_same(miniature, stored):
@@ -57,7 +66,6 @@ def test_what_is_stored_scores_the_same(miniature, stored):
     folder, predictions, summary = stored
     assert 0 < summary["panoptic"]["all"]["pq"] < 100 and 0 < summary["box"]["ap"] < 100
     assert score(read_results(folder, categories), truths, categories, folder) == summary
-    # Once more: scoring has written the detections anew.
     for again, first in zip(read_results(folder, categories), predictions, strict=True):
         assert (again.image_id, again.file_name, again.segments) == (first.image_id, first.file_name, first.segments)
         assert np.array_equal(again.segment_map, first.segment_map) and again.segment_map.dtype == np.int32
@@ -65,7 +73,26 @@ def test_what_is_stored_scores_the_same(miniature, stored):
         assert np.array_equal(again.instances.boxes, first.instances.boxes)
         assert np.array_equal(again.instances.classes, first.instances.classes)
         assert np.array_equal(again.instances.scores, first.instances.scores)
-    assert list(folder.rglob("*.part")) == []
+    files = {path.name for path in folder.iterdir()}
+    lists = {"bbox_results.json", "index.json", "panoptic.json", "segm_results.json"}
+    assert files == {"panoptic", "semantic", *lists} and list(folder.rglob("*.part")) == []
+
+
+def test_detections_are_coco_results(miniature, tmp_path):
+    """Boxes with width and height, category ids, masks without boxes."""
+    _, categories, truths = miniature
+    prediction = as_prediction(truths[0])
+    mask = coco_mask.encode(np.ones(truths[0].segment_map.shape, np.uint8, order="F"))
+    prediction.instances = Detections(
+        np.asarray([[2.5, 3, 4.5, 3]], np.float32), np.asarray([3]), np.asarray([0.25], np.float32), [mask]
+    )
+    with ResultWriter(tmp_path, categories) as writer:
+        writer.add(prediction)
+        assert not list(tmp_path.glob("*.json")), "names are given at the end"
+    (box,), (rle,) = (json.loads((tmp_path / f"{kind}_results.json").read_text()) for kind in ("bbox", "segm"))
+    common = {"image_id": truths[0].image_id, "category_id": 3, "score": 0.25}
+    assert box == {**common, "bbox": [2.5, 3.0, 3.0, 1.0]}
+    assert rle == {**common, "segmentation": {"size": mask["size"], "counts": mask["counts"].decode()}}
 
 
 def test_panoptic_json_is_a_coco_file(miniature, stored):
@@ -93,11 +120,10 @@ def test_many_segments_and_many_classes(tmp_path):
 def test_only_a_semantic_map(tmp_path, num_classes):
     categories = Categories([Category(i, str(i), False, (0, 0, 0)) for i in range(num_classes)])
     semantic = np.asarray([[0, num_classes - 1, -1]], dtype=np.int16)
-    with ResultWriter(tmp_path, categories) as writer:
-        writer.add(Prediction(1, "a.jpg", semantic_map=semantic))
+    store_results(tmp_path, [Prediction(1, "a.jpg", semantic_map=semantic)], categories)
     (again,) = read_results(tmp_path, categories)
     assert np.array_equal(again.semantic_map, semantic) and again.segment_map is None
-    assert not (tmp_path / "panoptic.json").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"index.json", "semantic"}
 
 
 def test_photos_of_one_name_in_two_folders(tmp_path):
@@ -186,14 +212,16 @@ def test_unwritable_folder(miniature, stored, tmp_path):
             write_summary(folder, stored[2])
 
 
-def store(folder, predictions, categories):
-    with ResultWriter(folder, categories) as writer:
-        for prediction in predictions:
-            writer.add(prediction)
-
-
 @pytest.mark.parametrize(
-    "name", ["panoptic.json", "index.json", "semantic/000000000010.png", "panoptic/000000000010.png"]
+    "name",
+    [
+        "panoptic.json",
+        "bbox_results.json",
+        "segm_results.json",
+        "index.json",
+        "semantic/000000000010.png",
+        "panoptic/000000000010.png",
+    ],
 )
 def test_full_disk(miniature, stored, tmp_path, name):
     folder = tmp_path / "full"
@@ -201,7 +229,7 @@ def test_full_disk(miniature, stored, tmp_path, name):
     part.parent.mkdir(parents=True)
     part.symlink_to("/dev/full")
     with pytest.raises(PlaceError, match=f"{name}: No space left on device: make room"):
-        store(folder, stored[1], miniature[1])
+        store_results(folder, stored[1], miniature[1])
     assert not (folder / name).exists() and not (folder / "index.json").exists()
     assert list(folder.rglob("*.part")) == []
 

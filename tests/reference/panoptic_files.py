@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from upsnet.evaluation.result_files import ResultWriter
 from upsnet.structures.categories import Categories
 from upsnet.structures.results import Detections, Prediction, Segment, Truth, segments_of
 from upsnet.structures.sample import VOID
@@ -73,3 +74,10 @@ def with_instances(prediction: Prediction, categories: Categories, scores: Itera
         masks,
     )
     return replace(prediction, instances=instances)
+
+
+def store_results(folder: Path, predictions: Iterable[Prediction], categories: Categories) -> None:
+    """A finished result folder."""
+    with ResultWriter(folder, categories) as writer:
+        for prediction in predictions:
+            writer.add(prediction)

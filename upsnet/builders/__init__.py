@@ -9,12 +9,14 @@ from upsnet.builders.data import (
     test_transform,
     training_transform,
 )
+from upsnet.builders.evaluation import build_evaluators
 from upsnet.builders.network import build_network, choose_device, device_name
 from upsnet.builders.training import ROI_LOSS_SHARE, accumulation, build_optimizer_of, engine_options, loss_weights
 
 __all__ = [
     "ROI_LOSS_SHARE",
     "accumulation",
+    "build_evaluators",
     "build_network",
     "build_optimizer_of",
     "build_test_loader",

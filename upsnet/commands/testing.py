@@ -11,12 +11,9 @@ from upsnet import builders
 from upsnet.commands.startup import say_where
 from upsnet.config import Recipe, paths
 from upsnet.dataset.coco_panoptic import CocoPanoptic
-from upsnet.engine.inference_loop import Evaluator, predict_batches, run_test
+from upsnet.engine.inference_loop import predict_batches, run_test
 from upsnet.engine.log import logging_to
-from upsnet.evaluation.instance_ap import InstanceAP
-from upsnet.evaluation.panoptic_quality import PanopticQuality
 from upsnet.evaluation.result_files import ResultWriter, read_results, write_summary
-from upsnet.evaluation.semantic_iou import SemanticIoU
 from upsnet.evaluation.tables import summary_tables
 from upsnet.predict import load_trained
 from upsnet.structures.pictures import write_png
@@ -49,7 +46,7 @@ def test(recipe: Recipe, weights: Path | None = None, eval_only: bool = False) -
         if recipe.test.vis_mask:
             run_test(predictions, dataset.image_ids.tolist(), writer=_PictureWriter(folder / "vis", dataset))
             return {}
-        summary = _score(predictions, dataset, folder, store=not eval_only)
+        summary = _score(predictions, dataset, folder, recipe, store=not eval_only)
         path = write_summary(folder, summary)
         print(summary_tables(summary))
         logger.debug("scores by class\n%s", summary_tables(summary, per_class=True))  # into the log file only
@@ -67,21 +64,14 @@ def _fresh_predictions(recipe: Recipe, dataset: CocoPanoptic, weights: Path) -> 
     return predict_batches(network.to(device), loader, recipe.test.precision)
 
 
-def _score(predictions: Iterable[Prediction], dataset: CocoPanoptic, folder: Path, store: bool) -> dict[str, Any]:
+def _score(
+    predictions: Iterable[Prediction], dataset: CocoPanoptic, folder: Path, recipe: Recipe, store: bool
+) -> dict[str, Any]:
     position = {image_id: i for i, image_id in enumerate(dataset.image_ids.tolist())}
-    instances = InstanceAP(dataset.categories, folder, store)
-    evaluators: dict[str, Evaluator] = {
-        "panoptic": PanopticQuality(dataset.categories),
-        "instances": instances,
-        "semantic": SemanticIoU(dataset.categories),
-    }
-    try:
-        with ResultWriter(folder, dataset.categories) if store else nullcontext() as writer:
-            parts = run_test(predictions, position, lambda i: dataset.truth(position[i]), evaluators, writer)
-    except BaseException:
-        instances.discard()
-        raise
-    return {"panoptic": parts["panoptic"], **parts["instances"], "semantic": parts["semantic"]}
+    evaluators = builders.build_evaluators(recipe, dataset.categories, folder)
+    with ResultWriter(folder, dataset.categories) if store else nullcontext() as writer:
+        run_test(predictions, position, lambda i: dataset.truth(position[i]), evaluators.values(), writer)
+    return {name: evaluator.summary() for name, evaluator in evaluators.items()}
 
 
 class _PictureWriter:

@@ -44,19 +44,16 @@ def run_test(
     predictions: Iterable[Prediction],
     image_ids: Collection[int],
     truth_of: Callable[[int], Truth] | None = None,
-    evaluators: Mapping[str, Evaluator] | None = None,
+    evaluators: Collection[Evaluator] = (),
     writer: Writer | None = None,
-) -> dict[str, Mapping[str, Any]]:
-    """Stores and scores one prediction for each image, in any order.
+) -> None:
+    """Stores one prediction for each image, in any order, and holds it against the truth.
 
     Args:
         predictions: from `predict_batches`, or stored ones.
         image_ids: the images of the data set.
         truth_of: the truth of an image id; None where there is none (then there can be no evaluators).
-        evaluators: by the name of their part in the summary.
-
-    Returns:
-        Name → summary of the evaluator.
+        evaluators: their summaries can be asked for when the writer has closed its files.
 
     Raises:
         DataError: an image has no prediction or two, or a prediction is of no image of the data set. A score over
@@ -73,8 +70,7 @@ def run_test(
             writer.add(prediction)
         if evaluators and truth_of is not None:
             truth = truth_of(prediction.image_id)
-            for evaluator in evaluators.values():
+            for evaluator in evaluators:
                 evaluator.add(prediction, truth)
     if wanted:
         raise DataError(f"{len(wanted)} images have no prediction, the first is {min(wanted)}: run the test again")
-    return {name: evaluator.summary() for name, evaluator in (evaluators or {}).items()}

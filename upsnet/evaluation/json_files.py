@@ -74,7 +74,7 @@ class JsonListWriter:
             raise not_written(self._path, error) from error
 
     def discard(self) -> None:
-        """Leaves nothing behind, for instance after an error elsewhere."""
+        """Leaves nothing behind, for instance after an error elsewhere; after `close` it does nothing."""
         with suppress(OSError):  # closing writes what is left; that the disk is full is being reported already
             self._file.close()
         remove(self._part)

@@ -3,7 +3,7 @@
 * panoptic/*.png, panoptic.json: COCO panoptic format, for the official tools.
 * semantic/*.png: semantic ids (0..S-1, stuff first), 8-bit with no label = 255; from 256 classes on 16-bit with no
   label = 65535.
-* bbox_results.json, segm_results.json: COCO results, written by `InstanceAP`.
+* bbox_results.json, segm_results.json: COCO results.
 * index.json: images, parts and class table; written last, it marks the folder complete.
 * summary.json: the scores.
 """
@@ -18,21 +18,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upsnet.evaluation.coco_files import panoptic_record, read_panoptic, records_by_image
-from upsnet.evaluation.instance_ap import result_file
-from upsnet.evaluation.json_files import JsonListReader, JsonListWriter, read_json, write_json
+from upsnet.evaluation.detection_files import DETECTION_KINDS, DetectionReader, detection_file, detection_records
+from upsnet.evaluation.json_files import JsonListWriter, read_json, write_json
 from upsnet.structures.categories import Categories
 from upsnet.structures.errors import DataError, PlaceError
 from upsnet.structures.panoptic_png import id_to_rgb
 from upsnet.structures.pictures import read_grey_png, write_png
 from upsnet.structures.places import writing
-from upsnet.structures.results import Detections, Prediction
+from upsnet.structures.results import Prediction
 from upsnet.structures.sample import VOID
 
 RETRY = "run the test without --eval_only"
 
 
 class ResultWriter:
-    """Writes the panoptic and semantic results of a test. Use it as a context: an error leaves no index behind."""
+    """Writes all results of a test, whether they can be scored or not.
+
+    Use it as a context: the files have their names after it; an error inside leaves no index behind.
+    """
 
     def __init__(self, folder: Path, categories: Categories) -> None:
         """
@@ -47,10 +50,17 @@ class ResultWriter:
         with writing(folder / "index.json"):
             # What lies here from an earlier test is no longer complete from now on.
             (folder / "index.json").unlink(missing_ok=True)
-        self._panoptic = JsonListWriter(folder / "panoptic.json", head='{"annotations": [')
+        self._lists: dict[str, JsonListWriter] = {}
+        try:
+            self._lists["panoptic"] = JsonListWriter(folder / "panoptic.json", head='{"annotations": [')
+            for kind in DETECTION_KINDS:
+                self._lists[kind] = JsonListWriter(detection_file(folder, kind))
+        except BaseException:
+            self._discard()
+            raise
 
     def add(self, prediction: Prediction) -> None:
-        """Writes the PNGs of one photo and its record.
+        """Writes the PNGs, the record and the detections of one photo.
 
         Raises:
             PlaceError: the folder cannot be written or the disk is full.
@@ -65,11 +75,15 @@ class ResultWriter:
         if prediction.segment_map is not None:
             height, width = prediction.segment_map.shape
             write_png(self._folder / "panoptic" / png_name, id_to_rgb(prediction.segment_map))
-            self._panoptic.write(panoptic_record(prediction, png_name, self._categories))
+            self._lists["panoptic"].write(panoptic_record(prediction, png_name, self._categories))
         if prediction.semantic_map is not None:
             height, width = prediction.semantic_map.shape
             pixels = _semantic_pixels(prediction.semantic_map, len(self._categories))
             write_png(self._folder / "semantic" / png_name, pixels)
+        if prediction.instances is not None:
+            for kind in DETECTION_KINDS:
+                for record in detection_records(prediction.instances, prediction.image_id, self._categories, kind):
+                    self._lists[kind].write(record)
         self._images.append(
             {
                 "id": prediction.image_id,
@@ -81,19 +95,23 @@ class ResultWriter:
         )
 
     def close(self) -> None:
-        """Writes panoptic.json and index.json. To be called after `InstanceAP.close`.
+        """Gives the files their names; index.json comes last.
 
         Raises:
             PlaceError: the folder cannot be written or the disk is full.
         """
         parts = self._parts or []
         categories = self._categories.to_coco()
-        if "panoptic" in parts:
-            tail = {"images": self._images, "categories": categories}
-            self._panoptic.close("], " + json.dumps(tail)[1:])
-        else:
-            self._panoptic.discard()
-        write_json(self._folder / "index.json", {"parts": parts, "images": self._images, "categories": categories})
+        try:
+            if "panoptic" in parts:
+                tail = {"images": self._images, "categories": categories}
+                self._lists["panoptic"].close("], " + json.dumps(tail)[1:])
+            if "instances" in parts:
+                for kind in DETECTION_KINDS:
+                    self._lists[kind].close()
+            write_json(self._folder / "index.json", {"parts": parts, "images": self._images, "categories": categories})
+        finally:
+            self._discard()
 
     def __enter__(self) -> "ResultWriter":
         return self
@@ -104,7 +122,12 @@ class ResultWriter:
         if error is None:
             self.close()
         else:
-            self._panoptic.discard()
+            self._discard()
+
+    def _discard(self) -> None:
+        """Removes what has no name yet: everything after an error, parts that do not occur at the end."""
+        for writer in self._lists.values():
+            writer.discard()
 
     def _png_name(self, prediction: Prediction) -> str:
         """The photo's name with .png; with the image id where two photos differ only in folder or ending."""
@@ -125,7 +148,7 @@ def read_results(folder: Path, categories: Categories) -> Iterator[Prediction]:
     """
     index = _read_index(folder, categories)
     records = _read_panoptic_records(folder) if "panoptic" in index["parts"] else {}
-    detections = _DetectionReader(folder, categories) if "instances" in index["parts"] else None
+    detections = DetectionReader(folder, categories) if "instances" in index["parts"] else None
     for image in index["images"]:
         prediction = Prediction(image["id"], image["file_name"])
         if "panoptic" in index["parts"]:
@@ -152,41 +175,6 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> Path:
     path = folder / "summary.json"
     write_json(path, summary)
     return path
-
-
-class _DetectionReader:
-    """Reads boxes and masks side by side; both files hold the detections in the same order."""
-
-    def __init__(self, folder: Path, categories: Categories) -> None:
-        self._categories = categories
-        self._path = result_file(folder, "segm")
-        self._boxes = JsonListReader(result_file(folder, "bbox"))
-        self._masks = JsonListReader(self._path)
-
-    def of_image(self, image_id: int) -> Detections:
-        boxes, masks = self._boxes.of_image(image_id), self._masks.of_image(image_id)
-        damaged = DataError(f"{self._path}: image {image_id}: does not fit bbox_results.json: {RETRY}")
-        if len(boxes) != len(masks):
-            raise damaged
-        try:
-            corners = [
-                (x, y, x + width - 1, y + height - 1) for x, y, width, height in (record["bbox"] for record in boxes)
-            ]
-            classes = [self._categories.thing_class(record["category_id"]) for record in boxes]
-            scores = [record["score"] for record in boxes]
-            found = [record["segmentation"] for record in masks]
-        except (KeyError, TypeError, ValueError):
-            raise damaged from None
-        return Detections(
-            np.asarray(corners, dtype=np.float32).reshape(-1, 4),
-            np.asarray(classes, dtype=np.int64),
-            np.asarray(scores, dtype=np.float32),
-            found,
-        )
-
-    def check_end(self) -> None:
-        self._boxes.check_end()
-        self._masks.check_end()
 
 
 def _read_index(folder: Path, categories: Categories) -> dict[str, Any]:

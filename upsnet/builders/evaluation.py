@@ -1,0 +1,25 @@
+"""From a recipe to the evaluators of its test."""
+
+from pathlib import Path
+
+from upsnet.config import Recipe
+from upsnet.engine.inference_loop import Evaluator
+from upsnet.evaluation.detection_files import detection_file
+from upsnet.evaluation.instance_ap import InstanceAP
+from upsnet.evaluation.panoptic_quality import PanopticQuality
+from upsnet.evaluation.semantic_iou import SemanticIoU
+from upsnet.structures.categories import Categories
+
+
+def build_evaluators(recipe: Recipe, categories: Categories, folder: Path) -> dict[str, Evaluator]:
+    """The evaluators by the name of their part in summary.json, in the order of the printed tables.
+
+    Args:
+        folder: where the results of the test lie; the finished files in it are read when summaries are asked for.
+    """
+    return {
+        "panoptic": PanopticQuality(categories),
+        "box": InstanceAP(categories, detection_file(folder, "bbox"), "bbox"),
+        "mask": InstanceAP(categories, detection_file(folder, "segm"), "segm"),
+        "semantic": SemanticIoU(categories),
+    }
