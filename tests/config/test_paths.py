@@ -2,7 +2,7 @@ from datetime import datetime
 from pathlib import Path
 
 from upsnet.config import load_recipe, paths
-from upsnet.dataset.annotated_set import coco_image_sets
+from upsnet.dataset.image_sets import coco_image_sets
 
 TIME = datetime(2024, 3, 7, 9, 5, 59)
 

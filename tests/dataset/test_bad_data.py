@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.miniature import edited, write_miniature
-from upsnet.dataset.annotated_set import coco_image_sets
 from upsnet.dataset.coco_panoptic import CocoPanoptic
+from upsnet.dataset.image_sets import coco_image_sets
 from upsnet.dataset.transforms import Transform
 from upsnet.structures.errors import DataError
 

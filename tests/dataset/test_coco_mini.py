@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from upsnet.dataset.annotated_set import coco_image_sets
 from upsnet.dataset.batches import collate
 from upsnet.dataset.coco_panoptic import CocoPanoptic
+from upsnet.dataset.image_sets import coco_image_sets
 from upsnet.dataset.transforms import Transform, padded_size
 from upsnet.structures.panoptic_png import id_to_rgb, rgb_to_id
 from upsnet.structures.sample import VOID

@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader
 
 from tests.miniature import edited, image_id_of, write_miniature
 from tests.reference.labels import segment_summary
-from upsnet.dataset.annotated_set import ImageSet, coco_image_sets
 from upsnet.dataset.batches import Draw, SamePaddedSizeSampler, TrainingSampler, collate, start_loader_process
 from upsnet.dataset.coco_panoptic import CocoPanoptic
+from upsnet.dataset.image_sets import ImageSet, coco_image_sets
 from upsnet.dataset.segments import SegmentRuns
 from upsnet.dataset.transforms import Transform
 from upsnet.structures.errors import DataError

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.miniature import write_json
-from upsnet.dataset.annotated_set import ImageSet
 from upsnet.dataset.batches import collate
 from upsnet.dataset.coco_panoptic import CocoPanoptic
+from upsnet.dataset.image_sets import ImageSet
 from upsnet.dataset.transforms import Transform
 from upsnet.structures.panoptic_png import id_to_rgb
 from upsnet.structures.sample import VOID

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from tests.reference.panoptic_files import as_prediction, store_results, with_instances
-from upsnet.dataset.annotated_set import coco_image_sets
 from upsnet.dataset.coco_panoptic import CocoPanoptic
+from upsnet.dataset.image_sets import coco_image_sets
 from upsnet.dataset.shapes import write_shapes
 from upsnet.evaluation.detection_files import DETECTION_KINDS, detection_file
 from upsnet.evaluation.instance_ap import InstanceAP

@@ -9,9 +9,9 @@ import torch
 from tests.engine.toy import same_weights
 from tests.miniature import write_miniature
 from tests.models.small import LOSSES, small_network
-from upsnet.dataset.annotated_set import coco_image_sets
 from upsnet.dataset.batches import Draw, collate
 from upsnet.dataset.coco_panoptic import CocoPanoptic
+from upsnet.dataset.image_sets import coco_image_sets
 from upsnet.dataset.transforms import Transform
 from upsnet.engine.optimizer import build_optimizer
 from upsnet.engine.options import LoopOptions

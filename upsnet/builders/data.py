@@ -4,12 +4,13 @@ from pathlib import Path
 
 from upsnet.builders.training import accumulation
 from upsnet.config import Recipe
-from upsnet.dataset.annotated_set import coco_image_sets
 from upsnet.dataset.batches import SamePaddedSizeSampler, TrainingSampler
 from upsnet.dataset.coco_panoptic import CocoPanoptic
+from upsnet.dataset.image_sets import coco_image_sets
 from upsnet.dataset.loading import BatchLoader
 from upsnet.dataset.transforms import Transform
 from upsnet.structures.categories import Categories
+from upsnet.structures.class_tables import class_table
 from upsnet.structures.errors import RecipeError
 
 
@@ -75,6 +76,7 @@ def _build_set(
         skip_without_things=skip_without_things,
         limit=options.limit,
         min_area=min_area,
+        categories=class_table(options.dataset),
     )
     check_class_counts(recipe, dataset.categories, str(options.dataset_path))
     return dataset

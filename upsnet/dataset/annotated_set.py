@@ -1,4 +1,4 @@
-"""One image set on disk: its files, its index, and what is read for one image of it."""
+"""An image set with labels: its index, and what is read for one image of it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,46 +9,17 @@ import torch
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from upsnet.dataset.index import index_panoptic
+from upsnet.dataset.image_sets import ImageSet
+from upsnet.dataset.index import PanopticIndex, index_panoptic
 from upsnet.dataset.instance_index import InstanceIndex, read_instances
+from upsnet.dataset.photo_set import PhotoSet, check_folder
 from upsnet.dataset.segments import SegmentRuns
 from upsnet.structures.categories import Categories
 from upsnet.structures.errors import DataError
 from upsnet.structures.masks import Bitmap, Mask, Masks
-from upsnet.structures.pictures import read_photo, read_segment_map
+from upsnet.structures.pictures import read_segment_map
 from upsnet.structures.results import Segment, Truth
 from upsnet.structures.sample import VOID, Instances
-
-
-@dataclass(frozen=True, slots=True)
-class ImageSet:
-    """Where the files of one image set lie. Without an instances json, things come from the panoptic PNGs."""
-
-    panoptic_json: Path
-    png_dir: Path
-    image_dir: Path
-    instances_json: Path | None = None
-
-
-def coco_image_sets(dataset_path: Path, image_set: str) -> list[ImageSet]:
-    """The sets that `image_set` names, joined by `+`, in the official COCO layout under `dataset_path`.
-
-    images/<set>/, annotations/panoptic_<set>.json, annotations/panoptic_<set>/ and, if it is there,
-    annotations/instances_<set>.json.
-    """
-    annotations = Path(dataset_path) / "annotations"
-    found = []
-    for name in image_set.split("+"):
-        instances = annotations / f"instances_{name}.json"
-        found.append(
-            ImageSet(
-                panoptic_json=annotations / f"panoptic_{name}.json",
-                png_dir=annotations / f"panoptic_{name}",
-                image_dir=Path(dataset_path) / "images" / name,
-                instances_json=instances if instances.exists() else None,
-            )
-        )
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,36 +35,24 @@ class Labels:
         return self.runs.paint(self.semantic_ids)
 
 
-class AnnotatedSet:
-    """An image set with its index. `row` numbers its images by ascending image id.
+class AnnotatedSet(PhotoSet):
+    """Photos with panoptic labels. Without an instances json, instances and COCO annotations come from the PNGs."""
 
-    Without an instances json, instances and COCO annotations are made from the panoptic PNGs.
-    """
+    index: PanopticIndex
 
     def __init__(self, files: ImageSet) -> None:
-        for folder in (files.image_dir, files.png_dir):
-            if not Path(folder).is_dir():
-                raise DataError(f"{folder}: there is no such folder: check dataset.dataset_path and image_set")
-        self.files = files
-        self.categories, self.index = index_panoptic(files.panoptic_json)
+        check_folder(files.image_dir)
+        check_folder(files.png_dir)
+        self.categories, index = index_panoptic(files.panoptic_json)
+        super().__init__(files.image_dir, index)
+        self.png_dir = Path(files.png_dir)
         self.instance_index: InstanceIndex | None = None
         if files.instances_json is not None:
-            self.instance_index = read_instances(files.instances_json, self.categories, self.index)
+            self.instance_index = read_instances(files.instances_json, self.categories, index)
 
     @property
     def nbytes(self) -> int:
         return self.index.nbytes + (self.instance_index.nbytes if self.instance_index else 0)
-
-    def size(self, row: int) -> tuple[int, int]:
-        """Height and width by the json."""
-        return int(self.index.heights[row]), int(self.index.widths[row])
-
-    def photo(self, row: int) -> NDArray[np.uint8]:
-        """H×W×3 uint8 RGB in the size of the json."""
-        try:
-            return read_photo(Path(self.files.image_dir) / self.index.photo_names[row], self.size(row))
-        except DataError as error:
-            raise DataError(f"image {self.index.image_ids[row]}: {error}") from None
 
     def labels(self, row: int) -> Labels:
         """Reads the panoptic PNG and holds it against the json.
@@ -102,7 +61,7 @@ class AnnotatedSet:
             DataError: the PNG is missing, damaged or of another size, or its ids are not those of the json.
         """
         index, image_id = self.index, self.index.image_ids[row]
-        path = Path(self.files.png_dir) / index.png_names[row]
+        path = self.png_dir / index.png_names[row]
         try:
             segment_map = read_segment_map(path, self.size(row))
         except DataError as error:

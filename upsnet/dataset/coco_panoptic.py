@@ -1,5 +1,6 @@
 """Data sets in the COCO panoptic format: photos, a panoptic json with its PNG folder, optionally an instances json.
 
+Sets whose labels are kept by a server (COCO test-dev) have a json that lists their photos, and no truth.
 Nothing is rewritten on disk: the order of the classes and their numbers are derived in memory.
 """
 
@@ -12,8 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from upsnet.dataset.annotated_set import AnnotatedSet, ImageSet
+from upsnet.dataset.annotated_set import AnnotatedSet
 from upsnet.dataset.batches import Draw
+from upsnet.dataset.image_sets import ImageSet, UnlabelledImageSet
+from upsnet.dataset.index import index_images
+from upsnet.dataset.photo_set import PhotoSet
 from upsnet.dataset.transforms import Transform, padded_size, quarter_masks, resize_labels, scaled_size
 from upsnet.structures.categories import Categories
 from upsnet.structures.errors import DataError
@@ -33,7 +37,7 @@ class CocoPanoptic(Dataset[Sample]):
 
     def __init__(
         self,
-        image_sets: ImageSet | Sequence[ImageSet],
+        image_sets: ImageSet | UnlabelledImageSet | Sequence[ImageSet | UnlabelledImageSet],
         transform: Transform | None = None,
         *,
         targets: bool = True,
@@ -41,6 +45,7 @@ class CocoPanoptic(Dataset[Sample]):
         skip_without_things: bool = False,
         limit: int | None = None,
         min_area: float = -1,
+        categories: Categories | None = None,
     ) -> None:
         """Args:
             image_sets: the files; see `coco_image_sets`.
@@ -49,16 +54,23 @@ class CocoPanoptic(Dataset[Sample]):
             skip_without_things: leave out photos without a single usable thing, as training does.
             limit: only the first photos, in ascending image id, counted before any is left out.
             min_area: instances with a smaller area in the instances json are no targets.
+            categories: the class table for sets without labels; labelled sets bring their own.
 
         Raises:
-            DataError: files are missing or broken, contradict each other, or no photo is left.
+            DataError: files are missing or broken, contradict each other, lack what is asked of them, or no photo is
+                left.
         """
-        files = [image_sets] if isinstance(image_sets, ImageSet) else list(image_sets)
+        files = list(image_sets) if isinstance(image_sets, Sequence) else [image_sets]
         self.transform, self.targets, self.flip_copies = transform, targets, flip_copies
         self._min_area = min_area
-        self._sets = [AnnotatedSet(each) for each in files]
-        self.categories: Categories = self._sets[0].categories
+        self._sets = [_open(each) for each in files]
         _check_together(self._sets)
+        if (targets or skip_without_things) and not self.has_truth:
+            raise DataError(
+                f"{self._sets[0].index.source}: these photos have no labels to train or to form validation losses on: "
+                f"choose another image set, or train.eval_data=false"
+            )
+        self.categories = self._class_table(categories)
         lengths = [len(each.index) for each in self._sets]
         self._set_of = np.repeat(np.arange(len(lengths), dtype=np.int16), lengths)[:limit]
         self._row_of = np.concatenate([np.arange(length) for length in lengths])[:limit]
@@ -66,6 +78,11 @@ class CocoPanoptic(Dataset[Sample]):
             raise DataError(f"{self._sets[0].index.source}: no image is left to read: check dataset.limit")
         if skip_without_things:
             self._skip_without_things()
+
+    @property
+    def has_truth(self) -> bool:
+        """Whether there are labels: `truth(i)` and targets."""
+        return isinstance(self._sets[0], AnnotatedSet)
 
     @property
     def num_photos(self) -> int:
@@ -111,33 +128,34 @@ class CocoPanoptic(Dataset[Sample]):
             raise IndexError(f"entry {entry} of {len(self)}")
         transform = self._need_transform()
         flipped, i = entry >= self.num_photos, entry % self.num_photos
-        annotated, row = self._where(i)
-        photo = self.photo(i)
-        height, width = annotated.size(row)
-        image_id = int(annotated.index.image_ids[row])
+        photos, row = self._where(i)
+        photo = photos.photo(row)
+        height, width = photos.size(row)
+        image_id = int(photos.index.image_ids[row])
         scale = transform.scale(height, width, image_id, step, flipped)
         return Sample(
             image_id=image_id,
-            file_name=annotated.index.photo_names[row],
+            file_name=photos.index.photo_names[row],
             image=transform.image(photo[:, ::-1] if flipped else photo, scale),
             original_size=(height, width),
             scale=scale,
             flipped=flipped,
-            targets=self._targets(annotated, row, scale, flipped) if self.targets else None,
+            targets=self._targets(i, scale, flipped) if self.targets else None,
         )
 
     def photo(self, i: int) -> NDArray[np.uint8]:
         """Photo i, H×W×3 uint8 RGB, in the size of the json."""
-        annotated, row = self._where(i)
-        return annotated.photo(row)
+        photos, row = self._where(i)
+        return photos.photo(row)
 
     def truth(self, i: int) -> Truth:
         """The labels of photo i, unscaled. Annotation ids that are made up are distinct over the whole data set."""
-        annotated, row = self._where(i)
-        before = sum(len(each.index.segment_ids) for each in self._sets[: self._set_of[i]])
+        annotated, row = self._labelled(i)
+        before = sum(len(each.index.segment_ids) for each in self._annotated_sets()[: self._set_of[i]])
         return annotated.truth(row, 1 + before + int(annotated.index.offsets[row]))
 
-    def _targets(self, annotated: AnnotatedSet, row: int, scale: float, flipped: bool) -> Targets:
+    def _targets(self, i: int, scale: float, flipped: bool) -> Targets:
+        annotated, row = self._labelled(i)
         labels = annotated.labels(row)
         height, width = annotated.size(row)
         semantic_map = labels.semantic_map()
@@ -154,7 +172,7 @@ class CocoPanoptic(Dataset[Sample]):
         )
 
     def _skip_without_things(self) -> None:
-        usable = self._gather([each.has_usable_thing(self._min_area) for each in self._sets])
+        usable = self._gather([each.has_usable_thing(self._min_area) for each in self._annotated_sets()])
         if not usable.any():
             raise DataError(
                 f"{self._sets[0].index.source}: none of {len(usable)} images has a single thing with a usable box: "
@@ -170,8 +188,29 @@ class CocoPanoptic(Dataset[Sample]):
         starts = np.cumsum([0, *(len(column) for column in columns[:-1])])
         return np.concatenate(columns)[starts[self._set_of] + self._row_of]
 
-    def _where(self, i: int) -> tuple[AnnotatedSet, int]:
+    def _where(self, i: int) -> tuple[PhotoSet, int]:
         return self._sets[self._set_of[i]], int(self._row_of[i])
+
+    def _labelled(self, i: int) -> tuple[AnnotatedSet, int]:
+        photos, row = self._where(i)
+        if not isinstance(photos, AnnotatedSet):
+            image_id, source = photos.index.image_ids[row], photos.index.source
+            raise DataError(f"image {image_id} has no labels: {source} lists photos only; choose a labelled image set")
+        return photos, row
+
+    def _annotated_sets(self) -> list[AnnotatedSet]:
+        return [each for each in self._sets if isinstance(each, AnnotatedSet)]
+
+    def _class_table(self, given: Categories | None) -> Categories:
+        first = self._sets[0]
+        if isinstance(first, AnnotatedSet):
+            return first.categories
+        if given is None:
+            raise DataError(
+                f"{first.index.source}: photos without labels do not say which classes there are: name a data set "
+                f"whose classes are known (dataset.dataset=coco), or add the panoptic json"
+            )
+        return given
 
     def _need_transform(self) -> Transform:
         if self.transform is None:
@@ -185,11 +224,23 @@ def _mirrored(instances: Instances, width: int) -> Instances:
     return Instances(boxes, instances.classes, instances.is_crowd, instances.masks.flip(width))
 
 
-def _check_together(sets: Sequence[AnnotatedSet]) -> None:
-    """Sets that are joined must have one class table and no image id in common."""
+def _open(files: ImageSet | UnlabelledImageSet) -> PhotoSet:
+    if isinstance(files, ImageSet):
+        return AnnotatedSet(files)
+    return PhotoSet(files.image_dir, index_images(files.info_json))
+
+
+def _check_together(sets: Sequence[PhotoSet]) -> None:
+    """Sets that are joined must all have labels or none, one class table, and no image id in common."""
     for i, later in enumerate(sets):
         for earlier in sets[:i]:
-            if later.categories != earlier.categories:
+            with_labels = [each for each in (earlier, later) if isinstance(each, AnnotatedSet)]
+            if len(with_labels) == 1:
+                raise DataError(
+                    f"{later.index.source} and {earlier.index.source}: one set has labels and the other has none: "
+                    f"test them one after the other"
+                )
+            if with_labels and with_labels[0].categories != with_labels[1].categories:
                 raise DataError(f"{later.index.source}: its categories differ from those of {earlier.index.source}")
             if len(common := np.intersect1d(earlier.index.image_ids, later.index.image_ids)):
                 raise DataError(f"{later.index.source}: image id {common[0]} is also used by {earlier.index.source}")

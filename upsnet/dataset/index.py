@@ -41,7 +41,25 @@ class Texts(Sequence[str]):
 
 
 @dataclass(frozen=True, slots=True)
-class PanopticIndex:
+class ImageIndex:
+    """The photos that a json lists: N, in ascending id. heights, widths: pixels."""
+
+    source: Path
+    image_ids: Ints
+    heights: NDArray[np.int32]
+    widths: NDArray[np.int32]
+    photo_names: Texts
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def nbytes(self) -> int:
+        return bytes_of(self)
+
+
+@dataclass(frozen=True, slots=True)
+class PanopticIndex(ImageIndex):
     """A panoptic json: N images in ascending id, their S segments one after another.
 
     photo_names, png_names: file names. offsets: N+1, the segments of image i are offsets[i]:offsets[i+1].
@@ -49,11 +67,6 @@ class PanopticIndex:
     gives its box, at least two pixels wide and high.
     """
 
-    source: Path
-    image_ids: Ints
-    heights: NDArray[np.int32]
-    widths: NDArray[np.int32]
-    photo_names: Texts
     png_names: Texts
     offsets: Ints
     segment_ids: NDArray[np.int32]
@@ -61,16 +74,22 @@ class PanopticIndex:
     is_crowd: NDArray[np.bool_]
     has_box: NDArray[np.bool_]
 
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
     def segments_of(self, row: int) -> slice:
         """The segments of an image."""
         return slice(int(self.offsets[row]), int(self.offsets[row + 1]))
 
-    @property
-    def nbytes(self) -> int:
-        return bytes_of(self)
+
+def index_images(path: Path) -> ImageIndex:
+    """Reads and checks the list of photos (`images`) of a COCO json; whatever else it holds is passed over.
+
+    Raises:
+        DataError: it is missing or broken, lists no images, or an image id twice.
+    """
+    images = _image_columns()
+    for key, record in records_of(path):
+        if key == "images":
+            _read_image(path, record, images)
+    return ImageIndex(path, *_in_order(images, _image_order(path, images)))
 
 
 def index_panoptic(path: Path) -> tuple[Categories, PanopticIndex]:
@@ -80,7 +99,7 @@ def index_panoptic(path: Path) -> tuple[Categories, PanopticIndex]:
         DataError: it is missing or broken, lacks a key, or contradicts itself: images without annotation or the other
             way round, doubled image or segment ids, unknown categories.
     """
-    images: dict[str, list[Any]] = {"id": [], "height": [], "width": [], "file_name": []}
+    images = _image_columns()
     annotations: dict[str, list[Any]] = {"image_id": [], "file_name": [], "count": []}
     segments = {"id": array("q"), "category_id": array("q"), "is_crowd": array("b"), "wide": array("b")}
     classes: list[Any] = []
@@ -95,6 +114,30 @@ def index_panoptic(path: Path) -> tuple[Categories, PanopticIndex]:
         raise DataError(f"{path}: has no 'categories': this is not a COCO panoptic file")
     categories = Categories.from_coco(classes, str(path))
     return categories, _assemble(path, categories, images, annotations, segments)
+
+
+def _image_columns() -> dict[str, list[Any]]:
+    return {"id": [], "height": [], "width": [], "file_name": []}
+
+
+def _image_order(path: Path, images: dict[str, list[Any]]) -> Ints:
+    """Brings the images into ascending id."""
+    if not images["id"]:
+        raise DataError(f"{path}: lists no images")
+    ids = np.array(images["id"], np.int64)
+    order = np.argsort(ids, kind="stable")
+    _check_distinct(path, ids[order], "images")
+    return order
+
+
+def _in_order(images: dict[str, list[Any]], order: Ints) -> tuple[Ints, NDArray[np.int32], NDArray[np.int32], Texts]:
+    """The first columns of an index."""
+    return (
+        np.array(images["id"], np.int64)[order],
+        np.array(images["height"], np.int32)[order],
+        np.array(images["width"], np.int32)[order],
+        Texts([images["file_name"][i] for i in order]),
+    )
 
 
 def _read_image(path: Path, record: Any, images: dict[str, list[Any]]) -> None:
@@ -140,26 +183,23 @@ def _assemble(
     annotations: dict[str, list[Any]],
     segments: dict[str, "array[int]"],
 ) -> PanopticIndex:
-    image_ids, annotated = np.array(images["id"], np.int64), np.array(annotations["image_id"], np.int64)
-    if len(image_ids) == 0:
-        raise DataError(f"{path}: lists no images")
-    image_order, order = np.argsort(image_ids, kind="stable"), np.argsort(annotated, kind="stable")
-    _check_images(path, image_ids[image_order], annotated[order])
+    image_order = _image_order(path, images)
+    image_ids = np.array(images["id"], np.int64)[image_order]
+    annotated = np.array(annotations["image_id"], np.int64)
+    order = np.argsort(annotated, kind="stable")
+    _check_annotated(path, image_ids, annotated[order])
     counts = np.array(annotations["count"], np.int64)
     ends = np.concatenate([[0], np.cumsum(counts)])
     rows = _rows_in_order(ends, order)
     offsets = np.concatenate([[0], np.cumsum(counts[order])])
     ids, category_ids, is_crowd, wide = (np.array(column)[rows] for column in segments.values())
     is_crowd = is_crowd.astype(bool)
-    owner = np.repeat(image_ids[image_order], np.diff(offsets))
+    owner = np.repeat(image_ids, np.diff(offsets))
     _check_segments(path, owner, ids)
     semantic_ids = _semantic_ids(path, categories, owner, ids, category_ids)
     return PanopticIndex(
-        source=path,
-        image_ids=image_ids[image_order],
-        heights=np.array(images["height"], np.int32)[image_order],
-        widths=np.array(images["width"], np.int32)[image_order],
-        photo_names=Texts([images["file_name"][i] for i in image_order]),
+        path,
+        *_in_order(images, image_order),
         png_names=Texts([annotations["file_name"][i] for i in order]),
         offsets=offsets,
         segment_ids=ids.astype(np.int32),
@@ -169,15 +209,19 @@ def _assemble(
     )
 
 
-def _check_images(path: Path, image_ids: Ints, annotated: Ints) -> None:
+def _check_annotated(path: Path, image_ids: Ints, annotated: Ints) -> None:
     """Both lists ascending."""
-    for ids, what in ((image_ids, "images"), (annotated, "annotations")):
-        if len(doubled := ids[1:][ids[1:] == ids[:-1]]):
-            raise DataError(f"{path}: image id {doubled[0]} occurs twice among the {what}: remove one of the two")
+    _check_distinct(path, annotated, "annotations")
     if len(lonely := np.setdiff1d(image_ids, annotated)):
         raise DataError(f"{path}: image {lonely[0]} has no annotation ({len(lonely)} such images): remove or label it")
     if len(lonely := np.setdiff1d(annotated, image_ids)):
         raise DataError(f"{path}: there is an annotation of image {lonely[0]}, but no such image in the list")
+
+
+def _check_distinct(path: Path, ids: Ints, what: str) -> None:
+    """ids: ascending."""
+    if len(doubled := ids[1:][ids[1:] == ids[:-1]]):
+        raise DataError(f"{path}: image id {doubled[0]} occurs twice among the {what}: remove one of the two")
 
 
 def _check_segments(path: Path, owner: Ints, ids: Ints) -> None:
