@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tests.fixtures import CONFIGURATIONS, NumpyDraws, load_units, piece
 from upsnet.models.anchors import base_anchors, grid_anchors
-from upsnet.models.box_head import Candidates, DetectionOptions, box_losses, detect
+from upsnet.models.box_head import Candidates, DetectionOptions, box_losses, decode_above, suppress
 from upsnet.models.boxes import box_iou, clip, decode, encode
 from upsnet.models.mask_head import mask_loss
 from upsnet.models.matching import AnchorSampling, RoISampling, SampledRoIs, mask_targets, match_anchors, sample_rois
@@ -158,14 +158,16 @@ def test_fpn_roialign(units: dict[str, Any]) -> None:
 def detections(units: dict[str, Any], name: str, threshold: float, class_agnostic: bool) -> Candidates:
     given, _ = piece(units, name)
     height, width, _ = given["im_info"][0].tolist()
-    return detect(
+    options = DetectionOptions(score_threshold=threshold)
+    found = decode_above(
         given["rois"][:, 1:],
         given["cls_prob"],
         given["bbox_pred"].view(len(given["rois"]), -1, 4),
         (int(height), int(width)),
-        DetectionOptions(score_threshold=threshold),
-        class_agnostic,
+        threshold,
+        options.box_weights,
     )
+    return suppress(found, options, class_agnostic)
 
 
 @pytest.mark.parametrize(("name", "threshold"), [("detect_per_class", 0.05), ("detect_panoptic", 0.6)])

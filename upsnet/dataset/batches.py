@@ -1,7 +1,7 @@
 """Which photos meet in a batch, and how they are put together."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import cv2
@@ -25,7 +25,7 @@ def collate(samples: Sequence[Sample], stride: int = 32) -> Batch:
     """Puts samples into one batch, padded at the right and bottom to a common multiple of `stride`.
 
     Images are padded with 0, semantic maps with VOID, quarter masks (to a quarter of the padded size) with False. A
-    kind of target that one of the samples lacks is left out.
+    kind of target that one of the samples lacks is left out. Further views become batches in the same way.
     """
     height, width = padded_size((max(s.size[0] for s in samples), max(s.size[1] for s in samples)), stride)
     targets = [sample.targets or Targets() for sample in samples]
@@ -43,6 +43,7 @@ def collate(samples: Sequence[Sample], stride: int = 32) -> Batch:
         instances=instances if len(instances) == len(samples) else None,
         semantic=torch.stack(semantic) if len(semantic) == len(samples) else None,
         quarter_masks=quarters if len(quarters) == len(samples) else None,
+        views=[collate(view, stride) for view in zip(*(sample.views for sample in samples), strict=True)],
     )
 
 
@@ -113,10 +114,11 @@ class SamePaddedSizeSampler(Sampler[list[int]]):
     The global-average branch of the FPN sees the padding, so an image must not be padded beyond its own size.
     """
 
-    def __init__(self, padded_sizes: Sequence[tuple[int, int]], batch_size: int) -> None:
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for index, (height, width) in enumerate(padded_sizes):
-            groups[int(height), int(width)].append(index)
+    def __init__(self, padded_sizes: Sequence[Hashable], batch_size: int) -> None:
+        """padded_sizes: of each image, (H, W), or those of all its views."""
+        groups: dict[Hashable, list[int]] = defaultdict(list)
+        for index, padded in enumerate(padded_sizes):
+            groups[padded].append(index)
         parts = (group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size))
         self._batches = sorted(parts)
 

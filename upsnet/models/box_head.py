@@ -97,31 +97,48 @@ class Candidates:
     def select(self, indices: Tensor) -> "Candidates":
         return Candidates(self.boxes[indices], self.scores[indices], self.classes[indices])
 
+    @staticmethod
+    def joined(parts: Sequence["Candidates"]) -> "Candidates":
+        """The candidates of all parts, of which there is at least one."""
+        return Candidates(
+            torch.cat([part.boxes for part in parts]),
+            torch.cat([part.scores for part in parts]),
+            torch.cat([part.classes for part in parts]),
+        )
 
-def detect(
+
+def decode_above(
     rois: Tensor,
     probabilities: Tensor,
     deltas: Tensor,
     size: tuple[int, int],
-    options: DetectionOptions,
-    class_agnostic: bool,
+    threshold: float,
+    box_weights: tuple[float, float, float, float],
 ) -> Candidates:
-    """Detections of one image.
+    """Every pair of RoI and class with more than the threshold, as a box of one image; RoI by RoI.
 
     Args:
         rois: R×4 at network scale. probabilities: R×C softmax. deltas: R×C×4. size: height, width without padding.
+    """
+    roi, label = torch.nonzero(probabilities[:, 1:] > threshold, as_tuple=True)
+    label = label + 1
+    boxes = clip(decode(rois[roi], deltas[roi, label], box_weights), size)
+    return Candidates(boxes, probabilities[roi, label], label)
+
+
+def suppress(found: Candidates, options: DetectionOptions, class_agnostic: bool) -> Candidates:
+    """Detections of one image from its boxes.
+
+    Args:
         class_agnostic: suppress across classes and order by descending score, as the panoptic head wants them;
             otherwise within each class, in order of class, then score.
 
     Returns:
         At most `max_detections`, or more where scores tie with the last one.
     """
-    roi, label = torch.nonzero(probabilities[:, 1:] > options.score_threshold, as_tuple=True)
-    label = label + 1
-    boxes = clip(decode(rois[roi], deltas[roi, label], options.box_weights), size)
-    found = Candidates(boxes, probabilities[roi, label], label)
-    groups = torch.zeros_like(label) if class_agnostic else label
-    found = found.select(batched_nms(boxes, found.scores, groups, options.nms_threshold, inclusive=True))
+    found = found.select(torch.nonzero(found.scores > options.score_threshold).flatten())
+    groups = torch.zeros_like(found.classes) if class_agnostic else found.classes
+    found = found.select(batched_nms(found.boxes, found.scores, groups, options.nms_threshold, inclusive=True))
     if len(found) > options.max_detections:
         least = found.scores.topk(options.max_detections).values[-1]
         found = found.select(torch.nonzero(found.scores >= least).flatten())

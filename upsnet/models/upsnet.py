@@ -1,15 +1,16 @@
 """UPSNet (Xiong et al. 2019, figure 1): backbone, proposals, three heads and their fusion, for training and test."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from upsnet.models.box_head import BoxHead, Candidates, DetectionOptions, box_losses, detect
+from upsnet.models.box_head import BoxHead, Candidates, DetectionOptions, box_losses, decode_above, suppress
 from upsnet.models.fpn import FPN
 from upsnet.models.mask_head import MaskHead, mask_loss
 from upsnet.models.matching import AnchorSampling, RoISampling, SampledRoIs, mask_targets, sample_rois
+from upsnet.models.multi_scale import Frame, carry_boxes, carry_scores, mix_masks, mix_scores
 from upsnet.models.panoptic_head import (
     PanopticMap,
     fuse,
@@ -103,8 +104,7 @@ class UPSNet(nn.Module):
         return self.sampling.keep_fraction < 1
 
     def forward(self, batch: Batch) -> TrainingOutput | list[Prediction]:
-        features = self.features(batch.images)
-        return self._losses(features, batch) if self.training else self._predict(features, batch)
+        return self._losses(self.features(batch.images), batch) if self.training else self._predict(batch)
 
     def features(self, images: Tensor) -> Features:
         """images: B×3×H×W, sides multiples of 32."""
@@ -200,54 +200,86 @@ class UPSNet(nn.Module):
 
     # -- test ----------------------------------------------------------------------------------------------------------
 
-    def _predict(self, features: Features, batch: Batch) -> list[Prediction]:
+    def _predict(self, batch: Batch) -> list[Prediction]:
+        """Looks at every view, the batch itself first (often the only one), and fuses them as `multi_scale` says."""
+        views = [batch, *batch.views]
+        levels: list[list[Tensor]] = []
+        scores: list[Tensor] = []
+        found: list[list[Candidates]] = [[] for _ in range(len(batch))]
+        for number, view in enumerate(views):
+            features = self.features(view.images)
+            levels.append(features.levels)
+            for image, candidates in enumerate(self._candidates(features, view)):
+                source, target = Frame.of(view, image), Frame.of(batch, image)
+                found[image].append(replace(candidates, boxes=carry_boxes(candidates.boxes, source, target)))
+                own = features.scores[image]
+                if number == 0:
+                    scores.append(own)
+                else:
+                    carried = carry_scores(own, source, target, (scores[image].shape[1], scores[image].shape[2]))
+                    scores[image] = mix_scores(scores[image], carried, number)
+        return self._fuse(batch, levels, scores, [Candidates.joined(parts) for parts in found])
+
+    def _candidates(self, features: Features, view: Batch) -> list[Candidates]:
+        """For each image of a view all boxes that may become an instance."""
+        options = self.selection
         proposals = [
-            propose(features.rpn, image, size, scale, self.selection.proposals)[0]
-            for image, (size, scale) in enumerate(zip(batch.sizes, batch.scales, strict=True))
+            propose(features.rpn, image, size, scale, options.proposals)[0]
+            for image, (size, scale) in enumerate(zip(view.sizes, view.scales, strict=True))
         ]
-        detections, candidates = self._detect(features, proposals, batch.sizes)
-        found = [*detections, *candidates]
-        rois = _join([f.boxes for f in found])
-        rois[:, 0] %= len(batch)  # detections and candidates of one image share its features
-        masks = self.mask_head(features.levels, rois, torch.cat([f.classes for f in found]))
-        parts = masks.split([len(f) for f in found])
+        counts = [len(p) for p in proposals]
+        logits, deltas = self.box_head(features.levels, _join(proposals))
+        probabilities = F.softmax(logits, dim=1)
+        threshold = min(options.detections.score_threshold, options.panoptic_score_threshold)
+        return [
+            decode_above(*of_image, threshold, options.detections.box_weights)
+            for of_image in zip(proposals, probabilities.split(counts), deltas.split(counts), view.sizes, strict=True)
+        ]
+
+    def _fuse(
+        self, batch: Batch, levels: list[list[Tensor]], scores: list[Tensor], found: list[Candidates]
+    ) -> list[Prediction]:
+        """levels: P2..P5 of each view. scores, found: of each image, from all views."""
+        weak = self.selection.detections
+        strong = replace(weak, score_threshold=self.selection.panoptic_score_threshold)
+        detections = [suppress(boxes, weak, class_agnostic=False) for boxes in found]
+        candidates = [suppress(boxes, strong, class_agnostic=True) for boxes in found]
+        masks = self._mask_logits(batch, levels, [*detections, *candidates])
         predictions = []
         for image in range(len(batch)):
             fused = fuse(
-                features.scores[image],
+                scores[image],
                 (batch.images.shape[-2], batch.images.shape[-1]),
                 candidates[image],
-                parts[len(batch) + image],
+                masks[len(batch) + image],
                 self.num_stuff,
                 self.has_unknown,
             )
             prediction = self._on_photo(fused, batch, image)
             prediction.instances = detections_on_photo(
-                detections[image], parts[image], batch.scales[image], batch.original_sizes[image]
+                detections[image], masks[image], batch.scales[image], batch.original_sizes[image]
             )
             predictions.append(prediction)
         return predictions
 
-    def _detect(
-        self, features: Features, proposals: list[Tensor], sizes: list[tuple[int, int]]
-    ) -> tuple[list[Candidates], list[Candidates]]:
-        """For each image: the detections of the instance branch, and the candidates of the panoptic head."""
-        options = self.selection.detections
-        strong = DetectionOptions(
-            self.selection.panoptic_score_threshold,
-            options.nms_threshold,
-            options.max_detections,
-            options.box_weights,
-        )
-        logits, deltas = self.box_head(features.levels, _join(proposals))
-        counts = [len(p) for p in proposals]
-        detections, candidates = [], []
-        for boxes, probabilities, image_deltas, size in zip(
-            proposals, F.softmax(logits, dim=1).split(counts), deltas.split(counts), sizes, strict=True
-        ):
-            detections.append(detect(boxes, probabilities, image_deltas, size, options, class_agnostic=False))
-            candidates.append(detect(boxes, probabilities, image_deltas, size, strong, class_agnostic=True))
-        return detections, candidates
+    def _mask_logits(self, batch: Batch, levels: list[list[Tensor]], found: list[Candidates]) -> list[Tensor]:
+        """For each entry of `found` N×M×M mask logits, from all views; entries k and B + k lie in image k."""
+        images = [k % len(batch) for k in range(len(found))]
+        classes = torch.cat([f.classes for f in found])
+        mean = None
+        for number, view in enumerate([batch, *batch.views]):
+            boxes = [
+                carry_boxes(f.boxes, Frame.of(batch, image), Frame.of(view, image))
+                for f, image in zip(found, images, strict=True)
+            ]
+            rois = _join(boxes)
+            rois[:, 0] %= len(batch)
+            logits = self.mask_head(levels[number], rois, classes)
+            mirrored = torch.tensor(view.flipped, device=logits.device)[rois[:, 0].long()]
+            logits = torch.where(mirrored[:, None, None], logits.flip(-1), logits)
+            mean = logits if mean is None else mix_masks(mean, logits, number)
+        assert mean is not None
+        return list(mean.split([len(f) for f in found]))
 
     def _on_photo(self, fused: PanopticMap, batch: Batch, image: int) -> Prediction:
         (height, width), original = batch.sizes[image], batch.original_sizes[image]

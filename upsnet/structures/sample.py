@@ -63,6 +63,7 @@ class Sample:
 
     image: 3×h×w float32, BGR minus the channel means (or as the recipe says), without padding.
     original_size: height and width of the photo. scale: network pixels per photo pixel.
+    views: the same photo at other scales or mirrored, for a test that fuses them.
     """
 
     image_id: int
@@ -72,6 +73,7 @@ class Sample:
     scale: float
     flipped: bool = False
     targets: Targets | None = None
+    views: "Sequence[Sample]" = ()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -85,6 +87,7 @@ class Batch:
 
     images: B×3×H×W float32. semantic: B×H×W int16 padded with VOID, or None.
     sizes: unpadded (h, w) of each image. draws: for each image its random draws (training only).
+    views: the same photos in the same order at another scale or mirrored, each a batch of its own (test only).
     """
 
     images: Tensor
@@ -98,6 +101,7 @@ class Batch:
     semantic: Tensor | None = None
     quarter_masks: list[Tensor] | None = None
     draws: Sequence[Draws] = ()
+    views: "Sequence[Batch]" = ()
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -110,4 +114,5 @@ class Batch:
             semantic=None if self.semantic is None else self.semantic.to(device),
             instances=None if self.instances is None else [i.to(device) for i in self.instances],
             quarter_masks=None if self.quarter_masks is None else [m.to(device) for m in self.quarter_masks],
+            views=[view.to(device) for view in self.views],
         )
