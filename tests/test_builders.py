@@ -227,10 +227,9 @@ def test_batches_of_the_training(data):
     assert [batch.image_ids for batch in builders.build_training_loader(recipe, dataset, 2)] == whole[4:]
 
 
-@pytest.mark.parametrize("kind", ["Cityscapes", "ade20k"])
-def test_layouts_that_are_not_read_yet(kind):
-    with pytest.raises(RecipeError, match=rf"'{kind}' cannot be read.*dataset\.dataset=panoptic"):
-        builders.build_test_set(recipe_with(f"dataset.dataset={kind}"))
+def test_layouts_that_are_not_read_yet():
+    with pytest.raises(RecipeError, match=r"'ade20k' cannot be read.*dataset\.dataset=panoptic"):
+        builders.build_test_set(recipe_with("dataset.dataset=ade20k"))
 
 
 def test_the_device(monkeypatch):

@@ -13,7 +13,8 @@ from tests.tiny import copy_run, upsnet, write_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("upsnet_end2end_train.py", "upsnet_end2end_test.py")
-COMMANDS = ("train", "test", "predict", "evaluate", "report", "shapes", "demo", "prepare", "prepare coco")
+DATA_SETS = ("prepare coco", "prepare cityscapes")
+COMMANDS = ("train", "test", "predict", "evaluate", "report", "shapes", "demo", "prepare", *DATA_SETS)
 
 
 def python(*arguments, cwd):

@@ -169,6 +169,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         fill(kinds.add_parser(name, help=text, description=text))
 
     add("coco", _add_prepare_coco, "check a COCO tree; nothing is downloaded, no file of it is changed")
+    add("cityscapes", _add_prepare_cityscapes, "check a Cityscapes tree and add what training and testing read")
 
 
 def _add_prepare_coco(parser: argparse.ArgumentParser) -> None:
@@ -179,6 +180,13 @@ def _add_prepare_coco(parser: argparse.ArgumentParser) -> None:
         "--deep", action="store_true", help="also read every label picture and hold it against the json"
     )
     parser.set_defaults(action=_prepare_coco)
+
+
+def _add_prepare_cityscapes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "path", nargs="?", type=Path, default=Path("data/cityscapes"), metavar="PATH", help="default data/cityscapes"
+    )
+    parser.set_defaults(action=_prepare_cityscapes)
 
 
 # The commands are imported when one runs, so that neither `--help` nor a misspelt recipe waits for torch.
@@ -246,3 +254,9 @@ def _prepare_coco(options: argparse.Namespace) -> None:
     from upsnet import commands
 
     commands.prepare_coco(options.path, options.deep)
+
+
+def _prepare_cityscapes(options: argparse.Namespace) -> None:
+    from upsnet import commands
+
+    commands.prepare_cityscapes(options.path)

@@ -15,7 +15,8 @@ SECTION_OF_CLASS = {"Recipe": ROOT, **{options.__name__: section for section, op
 
 def reading_code() -> list[Path]:
     """The code that may see a recipe: the upper floors, and the part of config/ that acts on keys."""
-    return [*PACKAGE.glob("*.py"), PACKAGE / "config" / "load.py", PACKAGE / "config" / "paths.py"]
+    upper = [path for room in ("builders", "commands") for path in (PACKAGE / room).glob("*.py")]
+    return [*PACKAGE.glob("*.py"), *upper, PACKAGE / "config" / "load.py", PACKAGE / "config" / "paths.py"]
 
 
 def keys_read(tree: ast.AST) -> set[str]:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.miniature import write_miniature
 from upsnet.structures.errors import DataError, PlaceError
-from upsnet.structures.pictures import read_grey_png, read_photo, read_segment_map, write_png
+from upsnet.structures.pictures import png_size, read_grey_png, read_photo, read_segment_map, write_png
 
 HEIGHT, WIDTH = 40, 60
 
@@ -230,3 +230,15 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path, picture):
     with pytest.raises(PlaceError, match=r"a\.png: No space left on device"):
         write_png(tmp_path / "a.png", picture)
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"] and (tmp_path / "a.png").read_text() == "old"
+
+
+def test_the_size_of_a_png_from_its_ends(tmp_path, picture):
+    path = save(tmp_path / "a.png", picture)
+    assert png_size(path) == (HEIGHT, WIDTH)
+    data = path.read_bytes()
+    for broken in (b"", data[:20], data[:-9], data[1:], b"x" * 5000):
+        path.write_bytes(broken)
+        with pytest.raises(DataError, match=r"a\.png.*cut off or not a PNG"):
+            png_size(path)
+    with pytest.raises(DataError, match=r"b\.png.*cannot be read"):
+        png_size(tmp_path / "b.png")

@@ -5,6 +5,7 @@ from pathlib import Path
 from upsnet.builders.training import accumulation
 from upsnet.config import Recipe
 from upsnet.dataset.batches import SamePaddedSizeSampler, TrainingSampler
+from upsnet.dataset.cityscapes import cityscapes_image_sets
 from upsnet.dataset.coco_panoptic import CocoPanoptic
 from upsnet.dataset.image_sets import coco_image_sets
 from upsnet.dataset.loading import BatchLoader
@@ -63,13 +64,14 @@ def _build_set(
     min_area: float = -1,
 ) -> CocoPanoptic:
     options = recipe.dataset
-    if options.dataset not in ("coco", "panoptic"):
+    if options.dataset == "ade20k":
         raise RecipeError(
             f"dataset.dataset: '{options.dataset}' cannot be read in its own layout yet: "
             f"convert it to the COCO panoptic format and set dataset.dataset=panoptic"
         )
+    find = cityscapes_image_sets if options.dataset == "Cityscapes" else coco_image_sets
     dataset = CocoPanoptic(
-        coco_image_sets(Path(options.dataset_path), image_set),
+        find(Path(options.dataset_path), image_set),
         transform,
         targets=targets,
         flip_copies=flip_copies,

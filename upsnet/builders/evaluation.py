@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from upsnet.config import Recipe
+from upsnet.dataset.cityscapes import instance_id_reader
 from upsnet.engine.inference_loop import Evaluator
+from upsnet.evaluation.cityscapes import CityscapesAP
 from upsnet.evaluation.detection_files import detection_file
 from upsnet.evaluation.instance_ap import InstanceAP
 from upsnet.evaluation.panoptic_quality import PanopticQuality
@@ -17,9 +19,14 @@ def build_evaluators(recipe: Recipe, categories: Categories, folder: Path) -> di
     Args:
         folder: where the results of the test lie; the finished files in it are read when summaries are asked for.
     """
-    return {
+    evaluators: dict[str, Evaluator] = {
         "panoptic": PanopticQuality(categories),
         "box": InstanceAP(categories, detection_file(folder, "bbox"), "bbox"),
         "mask": InstanceAP(categories, detection_file(folder, "segm"), "segm"),
         "semantic": SemanticIoU(categories),
     }
+    data = recipe.dataset
+    if data.dataset == "Cityscapes":
+        instance_ids_of = instance_id_reader(Path(data.dataset_path), data.test_image_set)
+        evaluators["cityscapes"] = CityscapesAP(categories, instance_ids_of)
+    return evaluators

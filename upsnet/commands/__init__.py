@@ -2,7 +2,7 @@
 
 from upsnet.commands.demo import DEMO_RECIPE, DEMO_TRAIN, DEMO_VAL, demo, shapes
 from upsnet.commands.predicting import predict
-from upsnet.commands.preparing import prepare_coco
+from upsnet.commands.preparing import prepare_cityscapes, prepare_coco
 from upsnet.commands.reporting import report
 from upsnet.commands.scoring import evaluate
 from upsnet.commands.testing import test
@@ -15,6 +15,7 @@ __all__ = [
     "demo",
     "evaluate",
     "predict",
+    "prepare_cityscapes",
     "prepare_coco",
     "report",
     "shapes",

@@ -79,9 +79,10 @@ class DatasetOptions(_Options):
     dataset: Literal["coco", "panoptic", "Cityscapes", "ade20k"] = Field(
         "coco",
         description="kind of data set; panoptic: any set in the COCO panoptic format, with classes of its own; "
-        "Cityscapes and ade20k: recipes load, but there is no reader for their own layouts yet",
+        "Cityscapes: its own layout, made ready by `upsnet prepare cityscapes`; ade20k: recipes load, but there is no "
+        "reader for its layout yet",
     )
-    dataset_path: Text = Field(description="folder of the data set, with `images/` and `annotations/`")
+    dataset_path: Text = Field(description="folder of the data set, with `images/` and `annotations/` (COCO's layout)")
     image_set: ImageSets = Field(description="training images, e.g. train2017; several sets are joined by `+`")
     test_image_set: ImageSets = Field(description="images for validation losses and for testing")
     num_classes: Count | None = Field(

@@ -8,7 +8,7 @@ def summary_tables(summary: dict[str, Any], per_class: bool = False) -> str:
     """Everything that a summary (the content of summary.json) holds, as text tables.
 
     Args:
-        summary: `panoptic`, `box`, `mask`, `semantic`, as far as they were scored.
+        summary: `panoptic`, `box`, `mask`, `cityscapes`, `semantic`, as far as they were scored.
         per_class: with panoptic quality class by class.
     """
     parts = []
@@ -44,12 +44,11 @@ def per_class_table(panoptic: dict[str, Any]) -> str:
 
 
 def ap_table(summary: dict[str, Any]) -> str:
-    """Average precision of boxes and masks, as far as they are there."""
+    """Average precision of boxes and masks by COCO's rule and of masks by Cityscapes', as far as they are there."""
     keys = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")
+    names = {"box": "Box", "mask": "Mask", "cityscapes": "Mask (Cityscapes)"}
     rows = [
-        [kind.capitalize(), *(_number(summary[kind][key]) for key in keys)]
-        for kind in ("box", "mask")
-        if kind in summary
+        [name, *(_number(summary[kind].get(key)) for key in keys)] for kind, name in names.items() if kind in summary
     ]
     return text_table(["", "AP", "AP50", "AP75", "APs", "APm", "APl"], rows)
 

@@ -1,5 +1,6 @@
 """The one file that decodes and encodes pictures: photos, panoptic PNGs, maps of semantic ids."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,24 @@ def read_grey_png(path: Path) -> NDArray[Any]:
     if color != _GREY or depth not in (8, 16):
         raise DataError(f"{path}: is not a grey-scale PNG of 8 or 16 bits, which a map of semantic ids must be")
     return _decode(path, data, cv2.IMREAD_UNCHANGED)
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    """Height and width of a PNG, from its header; only the two ends of the file are read.
+
+    Raises:
+        DataError: the file is missing, cut off or no PNG.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(24)
+            file.seek(max(file.seek(0, os.SEEK_END) - 1024, 0))
+            tail = file.read()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}): check the path") from None
+    if not head.startswith(_PNG) or _END_OF_PNG not in tail:
+        raise DataError(f"{path}: the file is cut off or not a PNG: copy or download it again")
+    return int.from_bytes(head[20:24], "big"), int.from_bytes(head[16:20], "big")
 
 
 def write_png(path: Path, pixels: NDArray[Any]) -> None:
