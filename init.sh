@@ -10,7 +10,7 @@ usage() {
 ./init.sh test [...]      set up, then ruff, mypy and the quick tests; arguments go to pytest
 ./init.sh help            this text
 Set-up takes minutes the first time and seconds afterwards. The native operators need a C++20 compiler (CXX, c++, g++
-or clang++); without one torchvision's operators serve, with the same results.
+or clang++); without one torchvision's operators and numpy serve, with the same results.
 TEXT
 }
 
@@ -69,7 +69,7 @@ set_up_packages() {
     say "packages: installing torch and the others; on Linux about 3 GB to download the first time, some minutes"
     local install=("$python" -m pip install -qq --disable-pip-version-check --constraint constraints.txt)
     local advice="packages: pip failed, see above; is the network there, and 10 GB of disk?"
-    "${install[@]}" setuptools wheel || fail "$advice"
+    "${install[@]}" setuptools wheel Cython || fail "$advice"
     # Without isolation, so that nothing is downloaded twice; the native operators are built in a step of their own.
     UPSNET_NATIVE=0 "${install[@]}" --no-build-isolation --editable '.[test]' || fail "$advice"
     printf '%s' "$wanted" >"$stamp"
@@ -87,27 +87,30 @@ find_compiler() {
     return 1
 }
 
+is_built() {
+    compgen -G 'upsnet/operators/_native.*' >/dev/null && compgen -G 'upsnet/operators/_overlaps.*' >/dev/null
+}
+
 set_up_native() {
     local stamp=build/native-stamp log=build/native.log wanted started=$SECONDS
     if ! CXX="$(find_compiler)"; then
-        rm -f upsnet/operators/_native.*
+        rm -f upsnet/operators/_native.* upsnet/operators/_overlaps.*
         say "native operators: not built, no C++20 compiler works here; torchvision's serve"
         return
     fi
     export CXX
-    wanted="$(fingerprint setup.py $(find lib/native -type f | LC_ALL=C sort))"
-    if compgen -G 'upsnet/operators/_native.*' >/dev/null && [[ -f "$stamp" && "$(<"$stamp")" == "$wanted" ]]; then
+    wanted="$(fingerprint setup.py $(find lib/native lib/cython -type f | LC_ALL=C sort))"
+    if is_built && [[ -f "$stamp" && "$(<"$stamp")" == "$wanted" ]]; then
         say "native operators: built before"
         return
     fi
     mkdir -p build
-    rm -f upsnet/operators/_native.*
-    if "$python" setup.py --quiet build_ext --inplace --force >"$log" 2>&1 &&
-        compgen -G 'upsnet/operators/_native.*' >/dev/null; then
+    rm -f upsnet/operators/_native.* upsnet/operators/_overlaps.*
+    if "$python" setup.py --quiet build_ext --inplace --force >"$log" 2>&1 && is_built; then
         printf '%s' "$wanted" >"$stamp"
         say "native operators: built in $((SECONDS - started)) s"
     else
-        say "native operators: not built, the compiler's messages are in $log; torchvision's serve"
+        say "native operators: not or not all built, the compiler's messages are in $log; torchvision's serve"
     fi
 }
 

@@ -37,7 +37,7 @@ STAND_IN = """\
 echo "$*" >>"{tree}/calls"
 case "$*" in
     "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
-    *"setup.py"*"build_ext"*) touch upsnet/operators/_native.so ;;
+    *"setup.py"*"build_ext"*) touch upsnet/operators/_{{native,overlaps}}.so ;;
 esac
 """
 
@@ -49,7 +49,8 @@ class Tree:
         self.folder, self.programs = folder / "tree", folder / "programs"
         self.programs.mkdir(parents=True)
         (self.folder / "upsnet/operators").mkdir(parents=True)
-        (self.folder / "lib/native").mkdir(parents=True)
+        for folder in ("lib/native", "lib/cython"):
+            (self.folder / folder).mkdir(parents=True)
         for name in ("init.sh", "pyproject.toml", "constraints.txt", "setup.py"):
             shutil.copy(ROOT / name, self.folder)
         self.program("python3.11", STAND_IN.format(tree=self.folder))
@@ -98,6 +99,19 @@ def test_changed_constraints_are_installed(tree):
     with (tree.folder / "constraints.txt").open("a") as file:
         file.write("other==1\n")
     assert tree.run().returncode == 0 and tree.installed == 2
+
+
+@pytest.mark.parametrize("source", ["lib/native/a.cpp", "lib/cython/a.pyx"])
+def test_changed_sources_are_built(tree, source):
+    tree.run()
+    (tree.folder / source).write_text("new")
+    assert "native operators: built in" in tree.run().stdout and "built before" in tree.run().stdout
+
+
+def test_a_library_that_is_missing_is_built(tree):
+    tree.run()
+    (tree.folder / "upsnet/operators/_overlaps.so").unlink()
+    assert "native operators: built in" in tree.run().stdout
 
 
 def test_without_a_compiler_the_set_up_still_ends_well(tree):
@@ -158,8 +172,10 @@ def test_every_file_of_the_package_is_packed():
 
 def test_constraints_pin_every_dependency():
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text().lower(), re.MULTILINE))
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = content["project"]
+    needed_to_build = content["build-system"]["requires"]
+    wanted = [*needed_to_build, *project["dependencies"], *project["optional-dependencies"]["test"]]
     names = {re.split(r"[<>=]", line)[0].lower() for line in wanted}
     assert names <= pins.keys()
     assert not any(name.startswith(("nvidia", "cuda", "triton")) for name in pins)

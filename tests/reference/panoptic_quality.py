@@ -1,6 +1,19 @@
 """The slow, obvious twin of the panoptic evaluator: a mask for every segment, a loop over every pair."""
 
+from collections import Counter
+
+import numpy as np
+
 from upsnet.structures.results import Prediction, Truth
+
+
+def slow_overlaps(first: np.ndarray, second: np.ndarray) -> list[tuple[int, int, int]]:
+    """(id of first, id of second, pixels that have both), ascending: a loop over the pixels."""
+    counts: Counter = Counter()
+    for y in range(first.shape[0]):
+        for x in range(first.shape[1]):
+            counts[int(first[y, x]), int(second[y, x])] += 1
+    return [(a, b, counts[a, b]) for a, b in sorted(counts)]
 
 
 def slow_match(prediction: Prediction, truth: Truth) -> dict:

@@ -1,14 +1,15 @@
-"""Loads the native library, registers its operators with torch and decides what it covers.
+"""Loads the native code, registers its operators with torch and decides what it covers.
 
 The only module of the package with an effect on import: where `_native.*.so` lies beside this file (built by
-`python setup.py build_ext --inplace`), its operators appear under `torch.ops.upsnet` with gradients and shape rules.
-A missing, broken or outdated library steps aside, and torchvision's operators serve. `UPSNET_NATIVE=0` in the
-environment switches it off.
+`python setup.py build_ext --inplace`), its operators appear under `torch.ops.upsnet` with gradients and shape rules;
+`_overlaps.*.so` is an ordinary extension module. What is missing, broken or outdated steps aside, and torchvision's
+operators or numpy serve. `UPSNET_NATIVE=0` in the environment switches both off.
 """
 
+import importlib
 import importlib.machinery
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 OPERATORS = ("deform_conv2d", "deform_conv2d_backward", "nms_sorted")
 FLOATS = (torch.float32, torch.float64)
+SWITCHED_OFF = "switched off by UPSNET_NATIVE=0"
 
 
 def _find_library() -> Path | None:
@@ -28,7 +30,7 @@ def _find_library() -> Path | None:
 def _load() -> str:
     """Loads the library; the empty string, or the reason why it is not in use."""
     if os.environ.get("UPSNET_NATIVE") == "0":
-        return "switched off by UPSNET_NATIVE=0"
+        return SWITCHED_OFF
     path = _find_library()
     if path is None:
         return "not built; `python setup.py build_ext --inplace` builds it"
@@ -38,6 +40,18 @@ def _load() -> str:
         return f"{path.name} does not load: {str(error).splitlines()[0]}"
     missing = [name for name in OPERATORS if not hasattr(torch.ops.upsnet, name)]
     return f"{path.name} is outdated: it lacks {', '.join(missing)}; build it again" if missing else ""
+
+
+def _load_count_pairs() -> tuple[Callable[..., Any] | None, str]:
+    """`count_pairs` of lib/cython/overlaps.pyx, or the reason why it is not in use."""
+    if os.environ.get("UPSNET_NATIVE") == "0":
+        return None, SWITCHED_OFF
+    try:
+        return importlib.import_module("upsnet.operators._overlaps").count_pairs, ""
+    except ModuleNotFoundError:
+        return None, "not built; `python setup.py build_ext --inplace` builds it"
+    except ImportError as error:
+        return None, f"_overlaps does not load: {str(error).splitlines()[0]}"
 
 
 def _out_size(size: Any, kernel: Any, stride: int, padding: int, dilation: int) -> Any:
@@ -114,6 +128,9 @@ if not NOT_IN_USE_BECAUSE:
     _register()
 
 
+count_pairs, COUNTING_NOT_IN_USE_BECAUSE = _load_count_pairs()
+
+
 def native_in_use() -> bool:
     """Whether the native library is loaded in this process."""
     return not NOT_IN_USE_BECAUSE
@@ -139,3 +156,12 @@ def describe() -> str:
     if native_in_use():
         return "native operators: deform_conv2d and nms on the CPU"
     return f"native operators: not in use ({NOT_IN_USE_BECAUSE}); torchvision's serve, slower, with the same results"
+
+
+def describe_counting() -> str:
+    """One line: what counts the overlaps of panoptic quality, and why not the native code."""
+    if count_pairs is not None:
+        return "native counting of overlaps: in use"
+    return (
+        f"native counting of overlaps: not in use ({COUNTING_NOT_IN_USE_BECAUSE}); numpy serves, with the same results"
+    )

@@ -1,0 +1,130 @@
+import importlib
+
+import numpy as np
+import pytest
+
+from tests.reference.panoptic_quality import slow_overlaps
+from upsnet.operators import count_overlaps, library
+from upsnet.operators.__main__ import main as report
+from upsnet.operators.overlaps import count_pairs_numpy
+
+EXTREMES = [0, 1, -1, 2**24 - 1, 2**24, 2**31 - 1, -(2**31)]
+
+
+@pytest.fixture(params=["native", "numpy"])
+def path(request, monkeypatch):
+    """Both paths, whatever this process has loaded."""
+    if request.param == "numpy":
+        monkeypatch.setattr(library, "count_pairs", None)
+    elif library.count_pairs is None:
+        pytest.skip(library.COUNTING_NOT_IN_USE_BECAUSE)
+    return request.param
+
+
+def rows(first, second):
+    columns = count_overlaps(first, second)
+    assert all(column.dtype == np.int64 for column in columns)
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def random_map(draws, shape, ids, run):
+    """Runs of about `run` pixels; they begin anywhere and go on in the next row."""
+    changes = np.cumsum(draws.random(shape[0] * shape[1]) < 1 / run)
+    return draws.choice(ids, changes[-1] + 1 if changes.size else 0)[changes].astype(np.int32).reshape(shape)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_equals_slow_twin(path, seed):
+    draws = np.random.default_rng(seed)
+    shape = tuple(draws.integers(1, 90, 2))
+    ids = np.concatenate([EXTREMES, draws.integers(-(2**31), 2**31, draws.integers(1, 30))])
+    first, second = (random_map(draws, shape, ids, draws.choice([1, 2, 7, 60, 5000])) for _ in range(2))
+    assert rows(first, second) == slow_overlaps(first, second)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 8, 9, 10, 2047, 2048, 2049, 2050, 2056, 2057, 4096, 4097, 4098])
+def test_every_place_where_a_run_may_end(path, size):
+    """Blocks of 2048 pixels and words of 8 must not be seen in the counts."""
+    for end in {0, 1, 2, 7, 8, 9, size // 2, size - 9, size - 8, size - 2, size - 1, size} & set(range(size + 1)):
+        first, second = np.zeros((1, size), np.int32), np.full((1, size), 5, np.int32)
+        first[0, :end] = 3
+        assert rows(first, second) == [row for row in [(0, 5, size - end), (3, 5, end)] if row[2]]
+
+
+def test_every_pixel_another_pair(path):
+    """The table grows many times; keys that differ in high or low bits only do not meet."""
+    y, x = np.mgrid[:300, :200].astype(np.int32)
+    for first, second in ((y, x), (y << 20, x << 20), (y * 200 + x, -y), (-y, y * 200 + x)):
+        first_ids, second_ids, pixels = count_overlaps(first, second)
+        assert len(pixels) == 300 * 200 and (pixels == 1).all()
+        assert set(zip(first_ids, second_ids, strict=True)) == set(zip(first.flat, second.flat, strict=True))
+
+
+def test_empty_maps(path):
+    for shape in ((0, 0), (0, 5), (5, 0)):
+        assert rows(np.zeros(shape, np.int32), np.zeros(shape, np.int32)) == []
+
+
+def test_any_layout_is_read_and_none_is_written(path):
+    draws = np.random.default_rng(1)
+    first, second = draws.integers(0, 3, (2, 40, 60), dtype=np.int32)
+    expected = slow_overlaps(first, second)
+    first.flags.writeable = second.flags.writeable = False
+    assert rows(first, second) == expected
+    assert rows(np.asfortranarray(first), second) == expected
+    assert rows(first[::-1, ::-1], second[::-1, ::-1]) == expected
+    assert rows(first[:, ::2], second[:, ::2]) == slow_overlaps(first[:, ::2], second[:, ::2])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (np.zeros((2, 3), np.int32), np.zeros((3, 2), np.int32)),
+        (np.zeros((2, 3), np.int32), np.zeros((2, 4), np.int32)),
+        (np.zeros((2, 3), np.int64), np.zeros((2, 3), np.int64)),
+        (np.zeros((2, 3), np.int32), np.zeros((2, 3), np.uint8)),
+    ],
+)
+def test_other_maps_are_refused(path, first, second):
+    with pytest.raises(ValueError, match="two int32 maps of one shape"):
+        count_overlaps(first, second)
+
+
+def test_flat_maps_of_two_sizes_are_refused_by_the_native_code():
+    if library.count_pairs is None:
+        pytest.skip(library.COUNTING_NOT_IN_USE_BECAUSE)
+    with pytest.raises(ValueError, match="3 and 2 pixels"):
+        library.count_pairs(np.zeros(3, np.int32), np.zeros(2, np.int32))
+
+
+def test_keys_of_both_paths_are_equal():
+    if library.count_pairs is None:
+        pytest.skip(library.COUNTING_NOT_IN_USE_BECAUSE)
+    first, second = np.random.default_rng(0).choice(EXTREMES, (2, 500)).astype(np.int32)
+    native, plain = library.count_pairs(first, second), count_pairs_numpy(first, second)
+    order = np.argsort(native[0])
+    for a, b in zip(native, plain, strict=True):
+        assert a.dtype == b.dtype and np.array_equal(a[order], b)
+
+
+def test_switched_off_and_missing(monkeypatch):
+    monkeypatch.setenv("UPSNET_NATIVE", "0")
+    assert library._load_count_pairs() == (None, "switched off by UPSNET_NATIVE=0")
+    monkeypatch.delenv("UPSNET_NATIVE")
+    for error, words in ((ModuleNotFoundError("none"), "not built"), (ImportError("broken"), "does not load: broken")):
+
+        def refuse(name, error=error):
+            raise error
+
+        monkeypatch.setattr(importlib, "import_module", refuse)
+        count_pairs, reason = library._load_count_pairs()
+        assert count_pairs is None and words in reason
+        monkeypatch.setattr(library, "count_pairs", count_pairs)
+        monkeypatch.setattr(library, "COUNTING_NOT_IN_USE_BECAUSE", reason)
+        assert reason in library.describe_counting() and "numpy serves" in library.describe_counting()
+
+
+def test_the_report_names_the_path(path, capsys):
+    assert report() == 0
+    printed = capsys.readouterr().out
+    assert f"cpu   count_overlaps     {path} " in printed and "in 0 rows" in printed
