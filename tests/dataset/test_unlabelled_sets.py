@@ -131,7 +131,8 @@ def test_a_broken_list_of_photos(change, sentence, tmp_path):
         ("mine", "mine", False),
     ],
 )
-def test_names_of_image_sets(name, photos, without_labels, tmp_path):
+def test_names_of_image_sets(name, photos, without_labels, tmp_path, monkeypatch):
+    monkeypatch.delenv("UPSNET_INDEX", raising=False)
     if "2014" in name:
         write_json(tmp_path / f"annotations/panoptic_{name}.json", {})
     (files,) = coco_image_sets(tmp_path, name)
@@ -140,9 +141,8 @@ def test_names_of_image_sets(name, photos, without_labels, tmp_path):
         assert files == UnlabelledImageSet(tmp_path / f"annotations/image_info_{name}.json", files.image_dir)
     else:
         annotations = tmp_path / "annotations"
-        assert files == ImageSet(
-            annotations / f"panoptic_{name}.json", annotations / f"panoptic_{name}", files.image_dir
-        )
+        labels = annotations / f"panoptic_{name}"
+        assert files == ImageSet(labels.with_suffix(".json"), labels, files.image_dir, None, tmp_path / ".upsnet_index")
     (tmp_path / f"coco_{photos}").mkdir()
     assert coco_image_sets(tmp_path, name)[0].image_dir == tmp_path / f"coco_{photos}"
 

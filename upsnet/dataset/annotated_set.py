@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from upsnet.dataset.image_sets import ImageSet
-from upsnet.dataset.index import PanopticIndex, index_panoptic
-from upsnet.dataset.instance_index import InstanceIndex, read_instances
+from upsnet.dataset.index import PanopticIndex
+from upsnet.dataset.index_cache import IndexCache
+from upsnet.dataset.instance_index import InstanceIndex
 from upsnet.dataset.photo_set import PhotoSet, check_folder
 from upsnet.dataset.segments import SegmentRuns
 from upsnet.structures.categories import Categories
@@ -43,12 +44,13 @@ class AnnotatedSet(PhotoSet):
     def __init__(self, files: ImageSet) -> None:
         check_folder(files.image_dir)
         check_folder(files.png_dir)
-        self.categories, index = index_panoptic(files.panoptic_json)
+        cache = IndexCache(files.index_dir)
+        self.categories, index = cache.panoptic(files.panoptic_json)
         super().__init__(files.image_dir, index)
         self.png_dir = Path(files.png_dir)
         self.instance_index: InstanceIndex | None = None
         if files.instances_json is not None:
-            self.instance_index = read_instances(files.instances_json, self.categories, index)
+            self.instance_index = cache.instances(files.instances_json, self.categories, index)
 
     @property
     def nbytes(self) -> int:

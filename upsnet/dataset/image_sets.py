@@ -3,17 +3,22 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from upsnet.dataset.index_cache import index_folder
 from upsnet.structures.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSet:
-    """Where the files of one image set lie. Without an instances json, things come from the panoptic PNGs."""
+    """Where the files of one image set lie. Without an instances json, things come from the panoptic PNGs.
+
+    index_dir: where the indexes of large jsons are kept; None: nowhere.
+    """
 
     panoptic_json: Path
     png_dir: Path
     image_dir: Path
     instances_json: Path | None = None
+    index_dir: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,7 @@ def _coco_image_set(dataset_path: Path, name: str) -> ImageSet | UnlabelledImage
         png_dir=annotations / f"panoptic_{name}",
         image_dir=image_dir,
         instances_json=instances if instances.exists() else None,
+        index_dir=index_folder(dataset_path),
     )
 
 

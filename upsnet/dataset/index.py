@@ -26,18 +26,25 @@ class Texts(Sequence[str]):
 
     def __init__(self, texts: Sequence[str]) -> None:
         encoded = [text.encode() for text in texts]
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self._ends = np.cumsum([0, *(len(text) for text in encoded)])
+        self.utf8 = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self.ends = np.cumsum([0, *(len(text) for text in encoded)])
+
+    @classmethod
+    def of(cls, utf8: NDArray[np.uint8], ends: Ints) -> "Texts":
+        """From the two arrays of another one."""
+        texts = cls([])
+        texts.utf8, texts.ends = utf8, ends
+        return texts
 
     def __getitem__(self, index: Any) -> Any:
-        return self._bytes[self._ends[index] : self._ends[index + 1]].tobytes().decode()
+        return self.utf8[self.ends[index] : self.ends[index + 1]].tobytes().decode()
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self.ends) - 1
 
     @property
     def nbytes(self) -> int:
-        return int(self._bytes.nbytes + self._ends.nbytes)
+        return int(self.utf8.nbytes + self.ends.nbytes)
 
 
 @dataclass(frozen=True, slots=True)

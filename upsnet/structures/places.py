@@ -48,8 +48,10 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_temporary(path: Path, data: bytes | memoryview) -> Path:
-    """Writes `data` to a temporary file beside `path`, down to the disk; rename it to `path` to make it count.
+def write_temporary(path: Path, *data: bytes | memoryview) -> Path:
+    """Writes `data`, one part after the other, to a temporary file beside `path`; rename it to `path` to make it count.
+
+    The file is on the disk when this returns.
 
     Raises:
         OSError: it could not be written; then the temporary file is gone again.
@@ -57,7 +59,8 @@ def write_temporary(path: Path, data: bytes | memoryview) -> Path:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            for part in data:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
     except OSError:
