@@ -2,23 +2,29 @@
 
 import json
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
-from tests.fixtures import NumpyDraws
+from tests.fixtures import NumpyDraws, street_picture
 from tests.models.test_checkpoint_keys import categories_of
 from upsnet.builders import build_network, loss_weights
 from upsnet.checkpoints.released import our_name
 from upsnet.config import load_recipe
 from upsnet.dataset.batches import collate
 from upsnet.dataset.transforms import Transform, network_scale, quarter_masks, resize_labels
+from upsnet.models.boxes import clip, decode
+from upsnet.models.matching import match_anchors
+from upsnet.models.panoptic_head import fuse
 from upsnet.models.rpn import propose
 from upsnet.structures.masks import Masks, mask_from_coco
 from upsnet.structures.sample import VOID, Instances, Sample, Targets
 
+ROI_TOLERANCE = 1e-2  # pixels
 LARGE = pytest.param("resnet101_dcn_coco_3x_16gpu", marks=pytest.mark.slow)
 
 
@@ -81,20 +87,41 @@ def image_of(file):
     return Transform((short_side,), 10**6).image(np.ascontiguousarray(file["in::image_bgr"][..., ::-1]), scale), scale
 
 
-def feed_proposals(file, monkeypatch):
-    """Puts the recorded proposals in place of ours: among equal scores the original's choice was arbitrary."""
+def feed_proposals(file, monkeypatch, missed=0.0):
+    """Ours must be the recorded proposals. Then takes the recorded ones, for the draws count in their order.
+
+    missed: share that may be others (where thousands of boxes are kept, some overlap by the threshold itself).
+    """
     rois, scores = torch.from_numpy(file["mid::rois"][:, 1:]), torch.from_numpy(file["mid::roi_scores"])
 
-    def recorded(output, *given):
-        boxes, our_scores = propose(output, *given)
-        saturated = sum(int((level.sigmoid() == 1).sum()) for level in output.logits)
-        if saturated < 100:
-            assert len(boxes) == len(rois) and (our_scores - scores).abs().max() < 1e-4
-            distance = (boxes[:, None] - rois).abs().amax(dim=2).amin(dim=0)
-            assert (distance < 1e-2).float().mean() > 0.99
+    def recorded(output, image, size, scale, options):
+        boxes, our_scores = propose(ties_as_recorded(output, size, rois), image, size, scale, options)
+        assert abs(len(boxes) - len(rois)) <= missed * len(rois)
+        count = min(len(boxes), len(rois))
+        assert (our_scores[:count] - scores[:count]).abs().max() < 1e-4
+        assert (distances(boxes, rois).amin(dim=0) >= ROI_TOLERANCE).float().mean() <= missed
         return rois, scores
 
     monkeypatch.setattr("upsnet.models.upsnet.propose", recorded)
+
+
+def ties_as_recorded(output, size, rois):
+    """The original ranks sigmoids, and its order of equal ones is arbitrary (in the network with deformable stages
+    hundreds are exactly 1): among scores that rounding makes equal, anchors of recorded boxes come first."""
+    logits = []
+    for level, deltas, anchors in zip(*output.of_image(0), output.anchors, strict=True):
+        chosen = distances(clip(decode(anchors, deltas), size), rois).amin(dim=1) < ROI_TOLERANCE
+        _, group = (level.sigmoid().double() * 1e6).round().unique(return_inverse=True)
+        highest = level.new_full((int(group.max()) + 1,), -torch.inf).scatter_reduce(0, group, level, "amax")[group]
+        level = torch.where(chosen, highest.nextafter(torch.tensor(torch.inf)), highest)
+        count, height, width = output.logits[len(logits)].shape[1:]
+        logits.append(level.reshape(1, height, width, count).permute(0, 3, 1, 2))
+    return replace(output, logits=logits)
+
+
+def distances(boxes, others):
+    """Of each box to each other one: the greatest difference of a coordinate, in pixels."""
+    return torch.cdist(boxes.detach(), others, p=float("inf"))
 
 
 @pytest.mark.parametrize("configuration", ["resnet50_coco_16gpu", "resnet50_cityscapes_16gpu", LARGE])
@@ -117,17 +144,53 @@ def test_forward(configuration, shared, monkeypatch):
     check(file, "mid::fcn_score", features.scores)
 
     feed_proposals(file, monkeypatch)
+    fused = spy_on_fusion(monkeypatch)
     (prediction,) = network(batch)
+    check_kept(file, *fused[0])
+    check_detections(file, prediction)
+    check_maps(file, prediction)
+
+
+def spy_on_fusion(monkeypatch):
+    """What `fuse` is given as candidates, and what it makes of them."""
+    seen = []
+
+    def fuse_and_tell(scores, size, candidates, *given):
+        seen.append((candidates, fuse(scores, size, candidates, *given)))
+        return seen[-1][1]
+
+    monkeypatch.setattr("upsnet.models.upsnet.fuse", fuse_and_tell)
+    return seen
+
+
+def check_kept(file, candidates, fused):
+    """The same boxes may become instances and the same ones do: matched by class and place, as scores are tied."""
+    for ours, rows in ((candidates, slice(None)), (fused.instances, file["mid::removal_keep_inds"])):
+        boxes, classes = torch.from_numpy(file["mid::pano_rois"][rows, 1:]), file["mid::pano_cls_idx"][rows]
+        scores = torch.from_numpy(file["mid::pano_scores"][rows])
+        assert len(ours) == len(boxes) and (ours.scores - scores).abs().max() < 1e-4
+        near = distances(ours.boxes, boxes) < ROI_TOLERANCE
+        same = (
+            near & (ours.classes[:, None] == torch.from_numpy(classes)) & ((ours.scores[:, None] - scores).abs() < 1e-4)
+        )
+        assert same.any(dim=0).all() and same.any(dim=1).all()
+    assert sorted(fused.instances.classes.tolist()) == sorted(file["out::panoptic_cls_inds"].tolist())
+
+
+def check_detections(file, prediction):
     found = prediction.instances
     expected = file["post::detections_cls_x1y1x2y2_score"]
     order = np.lexsort((-found.scores, found.classes))
     theirs = expected[np.lexsort((-expected[:, 5], expected[:, 0]))]
     assert found.classes[order].tolist() == theirs[:, 0].tolist()
-    assert np.abs(found.boxes[order] - theirs[:, 1:5]).max() < 1e-2
+    assert np.abs(found.boxes[order] - theirs[:, 1:5]).max() < ROI_TOLERANCE
     assert np.abs(found.scores[order] - theirs[:, 5]).max() < 1e-4
     assert found.masks == json.loads(str(file["post::rle_json"]))
-    assert (prediction.semantic_map != file["post::sseg"]).sum() <= 1  # rounding decides a tie
 
+
+def check_maps(file, prediction):
+    """On the photo: semantic classes, panoptic classes, and instances one to one."""
+    assert (prediction.semantic_map != file["post::sseg"]).sum() <= 1  # rounding decides a tie
     pan = file["post::pan_2ch"].astype(np.int64)
     ours = np.zeros(pan.shape[:2], dtype=np.int64)
     for segment in prediction.segments:
@@ -144,20 +207,24 @@ class NetworkDraws(NumpyDraws):
         return super().choose(candidates, size) if len(candidates) else candidates
 
 
-def feed_anchor_labels(file, monkeypatch):
-    """Anchors are drawn in the original's data loader: puts the recorded labels in place of ours."""
+def seed_anchors(file, monkeypatch):
+    """The original draws anchors in its data loader, from a generator of the same seed; ours must be the same."""
 
-    def recorded(anchors, truth, size, options, draws):
-        labels, targets = [], []
+    def seeded(anchors, truth, size, options, draws):
+        labels, targets = match_anchors(anchors, truth, size, options, NumpyDraws(int(file["in::flipped"])))
+        expected, offsets = [], []
         height, width = file["mid::rpn_cls_score"].shape[2:]
         for i, stride in enumerate((4, 8, 16, 32, 64)):
             h, w = -(-height // 2**i), -(-width // 2**i)
-            labels.append(file[f"in::rpn_labels_fpn{stride}"][0, :, :h, :w].transpose(1, 2, 0).reshape(-1))
+            expected.append(file[f"in::rpn_labels_fpn{stride}"][0, :, :h, :w].transpose(1, 2, 0).reshape(-1))
             level = file[f"in::rpn_bbox_targets_fpn{stride}"][0, :, :h, :w]
-            targets.append(level.reshape(3, 4, h, w).transpose(2, 3, 0, 1).reshape(-1, 4))
-        return torch.from_numpy(np.concatenate(labels)), torch.from_numpy(np.concatenate(targets))
+            offsets.append(level.reshape(3, 4, h, w).transpose(2, 3, 0, 1).reshape(-1, 4))
+        assert labels.tolist() == np.concatenate(expected).tolist()
+        positive = labels == 1
+        assert np.abs(targets[positive].numpy() - np.concatenate(offsets)[positive.numpy()]).max() < 1e-5
+        return labels, targets
 
-    monkeypatch.setattr("upsnet.models.rpn.match_anchors", recorded)
+    monkeypatch.setattr("upsnet.models.rpn.match_anchors", seeded)
 
 
 def training_sample(file):
@@ -184,28 +251,69 @@ def training_sample(file):
     return Sample(1, "toy.png", image, (height, width), scale, targets=targets)
 
 
-@pytest.mark.parametrize("kind", ["losses", "losses_flipped"])
-@pytest.mark.parametrize("configuration", ["resnet50_coco_16gpu", LARGE])
-def test_losses_and_gradients(configuration, kind, shared, monkeypatch):
-    file = load(shared(f"reference/oracle_fixtures/{kind}_{configuration}.npz"))
-    meta = json.loads(str(file["meta_json"]))
-    network = network_of(configuration, file, shared).train()
+def training_step(file, network, configuration, monkeypatch, noise=None):
+    """Losses, metrics, their weighted total and the norm of each gradient. noise: number of a shaken input."""
+    network.zero_grad()
     batch = collate([training_sample(file)])
     batch.draws = [NetworkDraws(int(file["in::flipped"]))]
     check(file, "in::data", batch.images, 1e-6)
-    feed_proposals(file, monkeypatch)
-    feed_anchor_labels(file, monkeypatch)
-    output = network(batch)
-    found = {name: value.item() for name, value in {**output.losses, **output.metrics}.items()}
-    assert found == pytest.approx({name: meta["losses"][name] for name in found}, rel=1e-4, abs=1e-5)
-
+    if noise is not None:
+        shake = torch.randn(batch.images.shape, generator=torch.Generator().manual_seed(noise))
+        batch.images = batch.images * (1 + 1e-6 * shake)
+    with monkeypatch.context() as patches:
+        feed_proposals(file, patches, missed=0.002)
+        seed_anchors(file, patches)
+        output = network(batch)
     weights = loss_weights(load_recipe(f"upsnet_{configuration}"))
     total = sum(weights[name] * loss for name, loss in output.losses.items())
-    assert total.item() == pytest.approx(meta["losses"]["total"], rel=1e-4)
     total.backward()
-    norms = {name: float(p.grad.norm()) for name, p in network.named_parameters() if p.grad is not None}
+    numbers = {name: value.item() for name, value in {**output.losses, **output.metrics, "total": total}.items()}
+    return numbers, {name: float(p.grad.norm()) for name, p in network.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["losses", "losses_flipped"])
+@pytest.mark.parametrize("configuration", ["resnet50_coco_16gpu", "resnet50_cityscapes_16gpu", LARGE])
+def test_losses_and_gradients(configuration, kind, shared, monkeypatch):
+    file = with_picture(load(shared(f"reference/oracle_fixtures/{kind}_{configuration}.npz")))
+    meta = json.loads(str(file["meta_json"]))
+    network = network_of(configuration, file, shared).train()
+    numbers, norms = training_step(file, network, configuration, monkeypatch)
+    assert set(numbers) == set(meta["losses"])
+    assert numbers == pytest.approx(meta["losses"], rel=1e-4, abs=1e-6)
     expected = {our_name(name): norm for name, norm in meta["grad_norms"].items()}
-    largest = max(expected.values())
-    for name, norm in expected.items():
-        assert norms.get(name, 0.0) == pytest.approx(norm, rel=1e-2, abs=1e-5 * largest), name
     assert set(norms) == set(expected)
+
+    def furthest(norms):
+        return max(abs(norms[name] / norm - 1) for name, norm in expected.items())
+
+    # Gradients of the deformable stages jump where a sample crosses a pixel's border: a change of the input by 1e-6 of
+    # itself, as rounding makes it, moves some norms by 3e-3. So inputs so close to the recorded one count as well.
+    attempts = iter(range(15 if configuration == LARGE.values[0] else 0))
+    while furthest(norms) > 1e-3:
+        noise = next(attempts, None)
+        assert noise is not None, f"a gradient differs by {furthest(norms):.1e}"
+        _, norms = training_step(file, network, configuration, monkeypatch, noise)
+
+
+def with_picture(file):
+    """The Cityscapes files hold a digest of their picture: the picture made again, with every recorded value right."""
+    if "in::image_bgr" in file:
+        return file
+    picture = street_picture(file["in::label_png"])
+    assert tuple(file["shape::in::image_bgr"]) == picture.shape
+    assert np.array_equal(picture.ravel()[file["pos::in::image_bgr"]], file["val::in::image_bgr"])
+    _, total, _, deviation, lowest, highest = file["stat::in::image_bgr"]
+    assert abs(int(picture.sum(dtype=np.int64)) - total) <= 5  # 0 where this was written; a blur may round otherwise
+    assert picture.std(dtype=np.float64) == pytest.approx(deviation, rel=1e-6)
+    assert (picture.min(), picture.max()) == (lowest, highest)
+    return {**file, "in::image_bgr": picture}
+
+
+@pytest.mark.parametrize("kind", ["losses", "losses_flipped"])
+def test_the_street_picture_is_the_recorded_one(kind, shared):
+    """The quarter-size input, which the original makes and never uses, is stored whole: it sees every part."""
+    file = with_picture(load(shared(f"reference/oracle_fixtures/{kind}_resnet50_cityscapes_16gpu.npz")))
+    image = training_sample(file).image.permute(1, 2, 0).numpy()
+    quarter = cv2.resize(image, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_LINEAR).transpose(2, 0, 1)
+    assert quarter.shape == file["in::data_4x"].shape[1:]
+    assert np.abs(quarter - file["in::data_4x"][0]).max() < 1e-4

@@ -45,10 +45,13 @@ class Polygons:
         return float(x1), float(y1), float(x2), float(y2)
 
     def crop(self, box: Float, size: int) -> Bool:
-        # No +1 in this frame, and pycocotools' fill rule: both as in the original's mask targets.
-        origin = np.asarray(box[:2], dtype=np.float64)
-        zoom = size / np.maximum(np.asarray(box[2:], dtype=np.float64) - origin, 1.0)
-        moved = [((polygon.reshape(-1, 2) - origin) * zoom).ravel().tolist() for polygon in self.polygons]
+        # No +1 in this frame, single precision, and pycocotools' fill rule: as in the original's mask targets.
+        corner, opposite = np.asarray(box, dtype=np.float32).reshape(2, 2)
+        sides = np.maximum(opposite - corner, np.float32(1))
+        moved = [
+            ((polygon.astype(np.float32).reshape(-1, 2) - corner) * np.float32(size) / sides).ravel().tolist()
+            for polygon in self.polygons
+        ]
         return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(moved, size, size))).astype(bool)
 
     def draw(self, height: int, width: int) -> Bool:
