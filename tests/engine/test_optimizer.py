@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from tests.reference.optimizer import SlowCaffeSGD
+from upsnet.builders import build_optimizer_of
+from upsnet.config import load_recipe
 from upsnet.engine.optimizer import CaffeSGD, build_optimizer, parameter_groups, set_learning_rate
 
 TRACES = [
@@ -20,7 +22,9 @@ def test_trace_of_the_original(shared, name):
     w, b = (nn.Parameter(torch.tensor(start[key])) for key in "wb")
     module = nn.Module()
     module.weight, module.bias = w, b
-    optimizer = build_optimizer(module, "sgd", fixture["momentum"], fixture["wd"])
+    recipe = load_recipe(f"upsnet_{name}")
+    assert (recipe.train.momentum, recipe.train.wd) == (fixture["momentum"], fixture["wd"])
+    optimizer = build_optimizer_of(recipe, module)
     for step in steps:
         w.grad, b.grad = torch.tensor(step["grad_w"]), torch.tensor(step["grad_b"])
         set_learning_rate(optimizer, step["lr"])
