@@ -1,25 +1,21 @@
 """Downloads over lines and from servers that misbehave: whole and right, or not at all."""
 
+import errno
 import hashlib
 import json
+import os
 import random
 import socket
 
 import pytest
 
-from tests.web import serving
 from upsnet.checkpoints import transfer
 from upsnet.checkpoints.manifest import Source
 from upsnet.checkpoints.transfer import Patience, TransferError, any_answers, fetch, part_of
+from upsnet.structures.errors import PlaceError
 
 CONTENT = random.Random(0).randbytes(300_000)
 QUICK = Patience(attempts=3, timeout=5.0, wait=0.0)
-
-
-@pytest.fixture
-def web():
-    with serving() as web:
-        yield web
 
 
 @pytest.fixture
@@ -289,6 +285,42 @@ def test_an_unknown_host(part, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with pytest.raises(TransferError, match="the host is not found"):
         fetch(Source("http://host.invalid/file.pth"), part, QUICK)
+
+
+def test_a_short_outage_is_waited_for(web, part, monkeypatch):
+    """Not finding the host is final before anything came, and worth waiting afterwards."""
+    page = web.put("/file.pth", CONTENT, etag='"v1"', cuts=[1000])
+    connect, calls = socket.create_connection, []
+
+    def failing(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return connect(*arguments, **named)
+
+    monkeypatch.setattr(socket, "create_connection", failing)
+    fetch(source(web), part, QUICK)
+    assert part.read_bytes() == CONTENT and len(calls) == 3 and ranges(page) == [None, "bytes=1000-"]
+
+
+def test_a_server_that_never_answers_is_left_after_one_attempt(part, monkeypatch):
+    monkeypatch.setattr(transfer.time, "sleep", lambda seconds: pytest.fail("waits for another attempt"))
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with pytest.raises(TransferError, match="no answer in time"):
+            fetch(Source(f"http://127.0.0.1:{silent.getsockname()[1]}/file"), part, Patience(timeout=0.1))
+
+
+def test_a_full_disk_is_no_fault_of_the_line(web, part, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(transfer.os, "fsync", full)
+    page = web.put("/file.pth", CONTENT)
+    with pytest.raises(PlaceError, match="No space left"):
+        fetch(source(web), part, QUICK)
+    assert len(page.asked) == 1
 
 
 def test_answers(web):

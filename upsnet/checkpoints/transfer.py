@@ -37,7 +37,7 @@ class Patience:
     """attempts: in a row that bring nothing. timeout: in seconds, to connect and between two pieces. wait: in seconds,
     after the first failure; each further one doubles it."""
 
-    attempts: int = 3
+    attempts: int = 5
     timeout: float = 15.0
     wait: float = 1.0
 
@@ -48,6 +48,10 @@ class TransferError(Exception):
 
 class _InterruptedError(Exception):
     """It broke off, or the server is busy: worth another attempt."""
+
+
+class _UnreachableError(_InterruptedError):
+    """The server cannot be reached: worth another attempt only where it was reached a moment ago."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +78,21 @@ def fetch(source: Source, part: Path, patience: Patience) -> None:
         TransferError: this address does not give it.
         PlaceError: the disk does not take it.
     """
-    failures, most = 0, _size(part)
+    begun = most = _size(part)
+    failures = 0
     with writing(part):
         part.parent.mkdir(parents=True, exist_ok=True)
     while True:
         try:
             return _transfer(source, part, patience.timeout)
         except _InterruptedError as error:
-            failures = 1 if _size(part) > most else failures + 1
+            size = _size(part)
+            failures = 1 if size > most else failures + 1
+            most = max(most, size)
+            if isinstance(error, _UnreachableError) and most == begun:
+                raise TransferError(str(error)) from error
             if failures >= patience.attempts:
                 raise TransferError(f"{error}, {failures} times in a row") from error
-        most = max(most, _size(part))
         time.sleep(patience.wait * 2 ** (failures - 1))
 
 
@@ -194,9 +202,11 @@ def _open(url: str, headers: dict[str, str], part: Path, timeout: float) -> Any:
             raise _InterruptedError(f"HTTP {error.code}") from error
         raise TransferError(f"HTTP {error.code} {error.reason}") from error
     except urllib.error.URLError as error:
-        if isinstance(error.reason, socket.gaierror | ConnectionRefusedError | ssl.SSLCertVerificationError):
+        if isinstance(error.reason, ssl.SSLCertVerificationError):
             raise TransferError(_words(error.reason)) from error
-        raise _InterruptedError(_words(error.reason)) from error
+        raise _UnreachableError(_words(error.reason)) from error
+    except TimeoutError as error:
+        raise _UnreachableError(_words(error)) from error
     except (OSError, http.client.HTTPException) as error:
         raise _InterruptedError(_words(error)) from error
     except ValueError as error:
