@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.fixtures import street_picture
 from tests.miniature import write_json
 from upsnet.dataset.batches import collate
 from upsnet.dataset.coco_panoptic import CocoPanoptic
@@ -44,7 +45,7 @@ def write_data_set(folder, given, num_stuff):
     write_json(folder / "panoptic.json", {"images": [image], "annotations": [annotation], "categories": things + stuff})
     write_json(folder / "instances.json", instances)
     photo = given.get("in::image_bgr")
-    photo = np.zeros((*label.shape, 3), np.uint8) if photo is None else photo
+    photo = street_picture(given["in::label_png"]) if photo is None else photo
     cv2.imwrite(str(folder / "photo.png"), photo)
     cv2.imwrite(str(folder / "label.png"), id_to_rgb(np.where(label == 255, 0, label + 1))[..., ::-1])
     return ImageSet(folder / "panoptic.json", folder, folder, folder / "instances.json")
@@ -61,13 +62,12 @@ def test_the_same_sample(tmp_path, original):
     batch = collate([data_set[int(given["in::flipped"])]])
     height, width, scale = given["in::im_info"][0]
     assert batch.sizes == [(height, width)] and batch.scales[0] == pytest.approx(float(scale), rel=1e-6)
-    if not cityscapes:  # its photo is stored as a digest only
-        images = batch.images.numpy()
-        assert tuple(given["shape::in::data"]) == images.shape
-        np.testing.assert_allclose(images.ravel()[given["pos::in::data"]], given["val::in::data"], rtol=1e-5, atol=1e-4)
-        _, total, mean, deviation, lowest, highest = given["stat::in::data"]
-        summary = [images.sum(dtype=np.float64), images.mean(), images.std(), images.min(), images.max()]
-        np.testing.assert_allclose(summary, [total, mean, deviation, lowest, highest], rtol=1e-5)
+    images = batch.images.numpy()
+    assert tuple(given["shape::in::data"]) == images.shape
+    np.testing.assert_allclose(images.ravel()[given["pos::in::data"]], given["val::in::data"], rtol=1e-5, atol=1e-4)
+    _, total, mean, deviation, lowest, highest = given["stat::in::data"]
+    summary = [images.sum(dtype=np.float64), images.mean(), images.std(), images.min(), images.max()]
+    np.testing.assert_allclose(summary, [total, mean, deviation, lowest, highest], rtol=1e-5)
     check_labels(batch, given)
     check_instances(batch.instances[0], given)
     quarter = torch.from_numpy(given["in::mask_gt"])
