@@ -196,6 +196,8 @@ def test_text_file_as_weights(folder):
 def test_weights_of_another_network(folder):
     path, names = folder / "resnet.pth", ("conv1.weight", "layer1.0.conv1.weight")
     torch.save({name: torch.zeros(64, 64, 1, 1) for name in names}, path)
+    with_weights(folder, path, [path, "is a ResNet alone", "network.pretrained"])
+    torch.save({"backbone.stem.conv.weight": torch.zeros(64, 3, 7, 7)}, path)
     with_weights(folder, path, [path, "belongs to another network", "missing: "])
     trained = folder / "out/tiny/train/tiny_2.pth"
     other = ("network.rcnn_feature_dim=64", "--weight_path", trained)

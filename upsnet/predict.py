@@ -4,7 +4,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,8 +14,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from upsnet import builders
-from upsnet.checkpoints.files import WeightFile, load_into, read_weights
-from upsnet.checkpoints.resnet import load_pretrained
+from upsnet.checkpoints.files import WeightFile, read_weights
 from upsnet.config import Recipe, load_recipe
 from upsnet.dataset.batches import collate
 from upsnet.dataset.transforms import Transform, padded_size, scaled_size
@@ -24,9 +22,10 @@ from upsnet.engine.inference_loop import predict_batches
 from upsnet.engine.precision import Precision
 from upsnet.evaluation.coco_files import panoptic_record
 from upsnet.evaluation.json_files import write_json
+from upsnet.models.upsnet import UPSNet
 from upsnet.structures.categories import Categories
 from upsnet.structures.class_tables import class_table
-from upsnet.structures.errors import DataError, RecipeError, WeightsError
+from upsnet.structures.errors import DataError, RecipeError
 from upsnet.structures.panoptic_png import id_to_rgb
 from upsnet.structures.pictures import read_photo, write_png
 from upsnet.structures.results import Detections, Prediction, Segment
@@ -218,38 +217,21 @@ def load_predictor(recipe: Recipe, weights: Path | None = None, device: torch.de
     categories = _categories_of(recipe, file)
     builders.check_class_counts(recipe, categories, f"the class table of {weights or recipe.dataset.dataset}")
     network = builders.build_network(recipe, categories)
-    if weights is None:
-        _start_untrained(recipe, network)
+    if file is None:
+        _start_untrained(recipe, network, categories)
     else:
-        load_trained(network, weights, categories, file)
+        builders.load_trained(network, file, categories)
     network.to(device or builders.choose_device(recipe)).eval()
     return Predictor(
         network, categories, builders.test_transform(recipe), recipe.test.precision, recipe.test.batch_size
     )
 
 
-def load_trained(network: nn.Module, path: Path, categories: Categories, file: WeightFile | None = None) -> None:
-    """Loads a weight file that must fit the network and the classes. file: its content, if it is read already.
-
-    Raises:
-        WeightsError: it does not fit.
-    """
-    file = file or read_weights(path)
-    for position, (theirs, ours) in enumerate(zip_longest(file.categories or categories, categories)):
-        if theirs != ours:
-            was, wanted = (f"'{c.name}' (id {c.id})" if c else "nothing" for c in (theirs, ours))
-            raise WeightsError(
-                f"{path} was trained on other classes: number {position} is {was} there and {wanted} in the data: "
-                f"use the data set that it was trained on"
-            )
-    load_into(network, file.state, str(path))
-
-
-def _start_untrained(recipe: Recipe, network: nn.Module) -> None:
+def _start_untrained(recipe: Recipe, network: UPSNet, categories: Categories) -> None:
     pretrained = recipe.network.pretrained
     if pretrained is not None and Path(pretrained).is_file():
-        load_pretrained(network, Path(pretrained))
-        logger.warning("no weights given: the backbone is pretrained, everything else is untrained")
+        builders.start_from_pretrained(recipe, network, categories)
+        logger.warning("no weights given: the backbone is pretrained, what network.pretrained lacks is untrained")
     else:
         logger.warning("no weights given: the network is untrained")
 

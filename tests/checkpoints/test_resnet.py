@@ -1,30 +1,46 @@
+"""A ResNet becomes the backbone of a network."""
+
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from upsnet.checkpoints.resnet import is_resnet, load_pretrained, resnet_name
+from upsnet.checkpoints.files import Kind, read_weights
+from upsnet.checkpoints.loading import load_pretrained
+from upsnet.checkpoints.resnet import our_name
 from upsnet.models.resnet import ResNet
+from upsnet.structures.categories import Categories
 from upsnet.structures.errors import WeightsError
 
 NAMES = {
-    "conv1.weight": "stem.conv.weight",
-    "bn1.running_var": "stem.norm.running_var",
-    "layer1.0.conv1.weight": "res2.0.conv1.weight",
-    "layer3.22.bn3.bias": "res4.22.norm3.bias",
-    "layer4.0.downsample.0.weight": "res5.0.downsample.conv.weight",
-    "layer4.0.downsample.1.running_mean": "res5.0.downsample.norm.running_mean",
+    "conv1.weight": "backbone.stem.conv.weight",
+    "bn1.running_var": "backbone.stem.norm.running_var",
+    "layer1.0.conv1.weight": "backbone.res2.0.conv1.weight",
+    "layer3.22.bn3.bias": "backbone.res4.22.norm3.bias",
+    "layer4.0.downsample.0.weight": "backbone.res5.0.downsample.conv.weight",
+    "layer4.0.downsample.1.running_mean": "backbone.res5.0.downsample.norm.running_mean",
     "fc.weight": None,
-    "fc.bias": None,
-    "bn1.num_batches_tracked": None,
-    "layer1.0.bn1.num_batches_tracked": None,
-    "classifier.weight": "classifier.weight",
+    "classifier.weight": None,
 }
+NO_CLASSES = Categories([])
+
+
+class Network(nn.Module):
+    """A backbone and a layer more."""
+
+    def __init__(self, depth=18, **options):
+        super().__init__()
+        self.backbone = ResNet(depth, **options)
+        self.neck = nn.Linear(4, 4)
+
+
+def load(network, path):
+    return load_pretrained(network, read_weights(path), NO_CLASSES, seed=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names(name):
-    assert resnet_name(name) == NAMES[name]
+    assert our_name(name) == NAMES[name]
 
 
 @pytest.fixture(scope="module")
@@ -52,84 +68,56 @@ def features(model, image):
 
 def test_loaded_backbone_computes_what_torchvision_computes(resnet18):
     model, path = resnet18
-    backbone = ResNet(18).eval()
-    report = load_pretrained(backbone, path)
-    assert report.left_out == report.initialised == [] and len(report.loaded) == 100
+    network = Network().eval()
+    report = load(network, path)
+    assert report.left_out == [] and len(report.loaded) == 100
+    assert report.initialised == report.missing == ["neck.weight", "neck.bias"]
     image = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        for ours, theirs in zip(backbone(image), features(model, image), strict=True):
+        for ours, theirs in zip(network.backbone(image), features(model, image), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-
-
-class Network(nn.Module):
-    """A backbone and a layer that depends on the classes."""
-
-    def __init__(self, classes=5, **options):
-        super().__init__()
-        self.backbone = ResNet(18, **options)
-        self.neck = nn.Linear(4, 4)
-        self.score = nn.Linear(4, classes)
-
-
-def test_whole_network_takes_it_as_its_backbone(resnet18):
-    model, path = resnet18
-    network = Network()
-    report = load_pretrained(network, path)
-    assert torch.equal(network.backbone.res3[0].conv1.weight, model.layer2[0].conv1.weight)
-    assert report.initialised == ["neck.weight", "neck.bias", "score.weight", "score.bias"]
 
 
 def test_offsets_stay_initialised(resnet18):
     model, path = resnet18
-    backbone = ResNet(18, deformable_from=5)
-    report = load_pretrained(backbone, path)
-    assert torch.equal(backbone.res5[1].conv2.weight, model.layer4[1].conv2.weight)
-    assert report.initialised == [f"res5.{i}.conv2.offset.{kind}" for i in (0, 1) for kind in ("weight", "bias")]
+    network = Network(deformable_from=5)
+    report = load(network, path)
+    assert torch.equal(network.backbone.res5[1].conv2.weight, model.layer4[1].conv2.weight)
+    offsets = [f"backbone.res5.{i}.conv2.offset.{kind}" for i in (0, 1) for kind in ("weight", "bias")]
+    assert report.initialised == [*offsets, "neck.weight", "neck.bias"]
 
 
-@pytest.mark.parametrize("depth", [34, 50])
-def test_another_depth_is_refused(resnet18, depth):
-    with pytest.raises(WeightsError, match=r"not the ResNet of this recipe .*network\.pretrained"):
-        load_pretrained(ResNet(depth), resnet18[1])
-    with pytest.raises(WeightsError, match=r"not the ResNet of this recipe"):
-        small = ResNet(18)
-        del small.res5[1]
-        load_pretrained(small, resnet18[1])
+@pytest.mark.parametrize("options", [{"depth": 34}, {"depth": 50}, {"norm": "group_norm"}])
+def test_another_backbone_is_refused(resnet18, options):
+    network = Network(**options)
+    before = network.backbone.stem.conv.weight.clone()
+    with pytest.raises(WeightsError, match=r"another backbone than this recipe .*network\.pretrained"):
+        load(network, resnet18[1])
+    assert torch.equal(network.backbone.stem.conv.weight, before)
 
 
-def test_snapshot_of_other_classes_fills_what_fits(tmp_path):
-    torch.manual_seed(5)
-    trained = Network(classes=9)
-    categories = [{"id": 1, "name": "cat", "isthing": 1}]
-    torch.save(
-        {"weights": trained.state_dict(), "categories": categories, "recipe": "", "format_version": 1},
-        tmp_path / "s.pth",
-    )
-    network = Network(classes=5)
-    own = network.score.weight.clone()
-    report = load_pretrained(network, tmp_path / "s.pth")
-    assert torch.equal(network.neck.weight, trained.neck.weight)
-    assert torch.equal(network.backbone.stem.conv.weight, trained.backbone.stem.conv.weight)
-    assert torch.equal(network.score.weight, own)
-    assert report.initialised == ["score.weight", "score.bias"] == report.left_out
-    assert report.other_shape["score.weight"] == ((9, 4), (5, 4))
-    backbone = ResNet(18)
-    load_pretrained(backbone, tmp_path / "s.pth")
-    assert torch.equal(backbone.res5[1].conv2.weight, trained.backbone.res5[1].conv2.weight)
+def test_a_deeper_file_is_refused(resnet18):
+    small = Network()
+    del small.backbone.res5[1]
+    with pytest.raises(WeightsError, match=r"the first: backbone\.res5\.1\."):
+        load(small, resnet18[1])
 
 
 def test_file_of_something_else(tmp_path):
     torch.save({"encoder.weight": torch.ones(2)}, tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match="nothing in common"):
-        load_pretrained(Network(), tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"neither a ResNet nor an UPSNet \(encoder.weight\)"):
+        load(Network(), tmp_path / "w.pth")
 
 
 def test_real_imagenet_weights(shared):
     path = shared("data/resnet50_imagenet") / "resnet50_caffe_imagenet_fp16.pth"
-    backbone = ResNet(50)
-    report = load_pretrained(backbone, path)
-    assert report.left_out == report.initialised == [] and len(report.loaded) == 265
+    file = read_weights(path)
+    assert file.kind is Kind.RESNET and file.dtypes == {"float16": 54, "float32": 213, "int64": 53}
+    network = Network(50)
+    report = load(network, path)
+    assert report.left_out == [] and len(report.loaded) == 265
     stored = torch.load(path, weights_only=True)
-    assert is_resnet(stored) and backbone.stem.conv.weight.dtype == torch.float32
+    backbone = network.backbone
+    assert backbone.stem.conv.weight.dtype == torch.float32
     assert torch.equal(backbone.res5[2].conv3.weight, stored["layer4.2.conv3.weight"].float())
     assert torch.equal(backbone.res2[0].downsample.norm.running_var, stored["layer1.0.downsample.1.running_var"])

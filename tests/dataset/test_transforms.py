@@ -80,10 +80,10 @@ def test_the_drawn_scale_depends_on_seed_step_and_image_alone():
     assert scales != [other.scale(200, 300, image_id=5, step=step) for step in range(100)]
 
 
-def test_normalisation_turns_rgb_into_bgr():
+def test_a_caffe_model_gets_bgr_and_a_torchvision_one_rgb():
     photo = np.array([[[255, 100, 0]]], dtype=np.uint8)
     np.testing.assert_allclose(normalize(photo, (1.0, 2.0, 3.0), True), [[[-1, 98, 252]]])
-    unit = [(0 - 0.485) / 0.229, (100 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225]
+    unit = [(1 - 0.485) / 0.229, (100 / 255 - 0.456) / 0.224, (0 - 0.406) / 0.225]
     np.testing.assert_allclose(normalize(photo, (1.0, 2.0, 3.0), False), [[unit]], rtol=1e-5)
 
 

@@ -61,8 +61,8 @@ def test_what_a_snapshot_holds(snapshots):
     path = save(snapshots, network=network)
     assert path == snapshots.folder / "toy_4.pth"
     content = torch.load(path, weights_only=True)
-    assert content.keys() == {"weights", "categories", "recipe", "format_version"}
-    assert content["recipe"] == "seed: 1\n"
+    assert content.keys() == {"weights", "categories", "recipe", "iteration", "format_version"}
+    assert content["recipe"] == "seed: 1\n" and content["iteration"] == 4
     assert torch.load(state_path(path), weights_only=True)["iteration"] == 4
     read = read_weights(path)
     assert read.categories == CATEGORIES

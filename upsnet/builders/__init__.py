@@ -12,6 +12,7 @@ from upsnet.builders.data import (
 from upsnet.builders.evaluation import build_evaluators
 from upsnet.builders.network import build_network, choose_device, device_name
 from upsnet.builders.training import ROI_LOSS_SHARE, accumulation, build_optimizer_of, engine_options, loss_weights
+from upsnet.builders.weights import load_trained, start_from_pretrained
 
 __all__ = [
     "ROI_LOSS_SHARE",
@@ -27,7 +28,9 @@ __all__ = [
     "choose_device",
     "device_name",
     "engine_options",
+    "load_trained",
     "loss_weights",
+    "start_from_pretrained",
     "test_transform",
     "training_transform",
 ]

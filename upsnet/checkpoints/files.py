@@ -1,25 +1,31 @@
-"""Reading weight files of several kinds without ever running what is in them, and putting them into a network."""
+"""Reading weight files of several kinds without ever running what is in them."""
 
 import codecs
+import json
 import pickle
 import re
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from upsnet.checkpoints import released, resnet
 from upsnet.structures.categories import Categories
 from upsnet.structures.errors import WeightsError
 
 FORMAT_VERSION = 1
-"""Version of our snapshots; raised when a reader of today could no longer make sense of a file."""
+"""Version of our files; raised when a reader of today could no longer make sense of one."""
+
+RECORD = "upsnet"
+"""Entry of a safetensors file's metadata that holds, as json, what a snapshot keeps beside its weights."""
 
 # The number with which torch's files before version 1.6 begin, as pickled bytes.
 _LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
@@ -36,61 +42,95 @@ _SCALARS: list[Any] = [
 # What torch.load raises on a file that begins well and then is cut off or garbled.
 _DAMAGE = (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError, IndexError, TypeError, AttributeError)
 
+_WRAPPERS = ("state_dict", "model")
+"""Entries under which others keep the weights."""
+
+
+class Kind(StrEnum):
+    """Whose names the tensors of a file bore."""
+
+    RELEASED = "UPSNet, as released"
+    OURS = "UPSNet, ours"
+    RESNET = "ResNet"
+    UNKNOWN = "unknown"
+
+
+_LANDMARKS = {
+    "resnet_backbone.conv1.conv1.weight": Kind.RELEASED,
+    "backbone.stem.conv.weight": Kind.OURS,
+    "layer1.0.conv1.weight": Kind.RESNET,
+}
+"""A name that only files of that kind have."""
+
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
     """What a weight file holds.
 
-    state: tensors by name, on the CPU, floating ones as float32. categories: in our snapshots only.
+    Attributes:
+        state: tensors by our names, on the CPU, floating ones as float32; names that we do not know stay as they are.
+        format: the container: torch, torch before 1.6, safetensors.
+        dtypes: how many tensors are stored as what, by the names of torch.
+        categories: of ours what is stored inside; of released files what their class counts tell.
+        recipe, iteration: of our snapshots, yaml text and training step.
+        convention: what a ResNet's file itself says of its convention, see `conventions.py`.
     """
 
+    path: Path
+    kind: Kind
     state: dict[str, Tensor]
+    format: str
+    dtypes: dict[str, int]
     categories: Categories | None = None
+    recipe: str | None = None
+    iteration: int | None = None
+    convention: str | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class LoadReport:
-    """What became of a file's tensors.
-
-    loaded: names that were copied. left_out: tensors of the file that were not used. initialised: tensors of the
-    network that the file does not give and that stay as they were. `other_shape` maps names that are in both, and
-    hence in the two latter lists, to the shapes in file and network.
-    """
-
-    loaded: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-    initialised: list[str] = field(default_factory=list)
-    other_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
-
-    def differences(self) -> str:
-        """The first differences in words, empty if the file gave exactly what the network wants."""
-        shapes = [f"{name} ({_shape(file)}, here {_shape(own)})" for name, (file, own) in self.other_shape.items()]
-        missing = [name for name in self.initialised if name not in self.other_shape]
-        unknown = [name for name in self.left_out if name not in self.other_shape]
-        parts = [("missing", missing), ("unknown here", unknown), ("of another shape", shapes)]
-        return "; ".join(f"{len(names)} {what}: {_first(names)}" for what, names in parts if names)
+    @property
+    def class_counts(self) -> tuple[int, int] | None:
+        """C and S of an UPSNet: rows of the box head's and the semantic head's classifiers."""
+        return _class_counts(self.state)
 
 
 def read_weights(path: Path) -> WeightFile:
-    """Reads a torch file (either format), one of our snapshots, or safetensors.
+    """Reads a weight file: of torch, in either format, or safetensors; an entry `state_dict` or `model` is opened.
 
-    A leading `module.` of names is dropped; entries that are no tensors are left out.
+    Which kind it is shows in the tensors' names. A leading `module.` of names is dropped; entries that are no tensors
+    are left out, and so are a ResNet's classifier and its counters.
 
     Raises:
         WeightsError: the file is missing, cut off, no weight file, not safe to load, or holds NaN or infinity.
     """
-    if path.suffix == ".safetensors":
-        return WeightFile(_tensors(_load_safetensors(path), path))
-    content = load_safely(path)
-    if isinstance(content, Mapping) and {"weights", "format_version"} <= content.keys():
-        if content["format_version"] > FORMAT_VERSION:
-            raise WeightsError(
-                f"{path} has format version {content['format_version']}, this program reads up to {FORMAT_VERSION}: "
-                f"update the program"
-            )
-        categories = Categories.from_coco(content["categories"], str(path))
-        return WeightFile(_tensors(content["weights"], path), categories)
-    return WeightFile(_tensors(content, path))
+    content, container = _load(path)
+    record: Mapping[str, Any] = content if isinstance(content, Mapping) else {}
+    is_ours = {"weights", "format_version"} <= record.keys()
+    if is_ours and not (isinstance(record["format_version"], int) and record["format_version"] <= FORMAT_VERSION):
+        raise WeightsError(
+            f"{path} has format version {record['format_version']}, this program reads up to {FORMAT_VERSION}: "
+            f"update the program"
+        )
+    weights = record["weights"] if is_ours else _unwrapped(record)
+    tensors, dtypes = _tensors(weights, path)
+    kind = _kind(tensors)
+    if kind is Kind.RELEASED:
+        tensors = {released.our_name(name) or name: tensor for name, tensor in tensors.items()}
+        categories = released.released_classes(_class_counts(tensors))
+    else:
+        listed = record.get("categories") if is_ours else None
+        categories = None if listed is None else Categories.from_coco(listed, str(path))
+    if kind is Kind.RESNET:
+        tensors = {resnet.our_name(name) or name: tensor for name, tensor in tensors.items() if _is_of_body(name)}
+    return WeightFile(
+        path,
+        kind,
+        tensors,
+        container,
+        dtypes,
+        categories,
+        record.get("recipe") if is_ours else None,
+        record.get("iteration") if is_ours else None,
+        str(record["convention"]) if "convention" in record else None,
+    )
 
 
 def load_safely(path: Path) -> Any:
@@ -100,7 +140,7 @@ def load_safely(path: Path) -> Any:
         WeightsError: see `read_weights`.
     """
     start = _first_bytes(path)
-    if not start.startswith(b"PK\x03\x04") and _LEGACY_MAGIC not in start:
+    if not _is_zip(start) and not (start.startswith(b"\x80") and _LEGACY_MAGIC in start):
         raise WeightsError(f"{path} is not a weight file: it begins with {start[:20]!r}; download or copy it again")
     try:
         with torch.serialization.safe_globals(_SCALARS), warnings.catch_warnings():
@@ -109,61 +149,70 @@ def load_safely(path: Path) -> Any:
     except OSError as error:
         raise _not_readable(path, error) from error
     except _DAMAGE as error:
-        unsafe = re.search(r"(?:GLOBAL|class|function) '?([\w.]+\.\w+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and unsafe:
+        unsafe = re.search(r"(?:GLOBAL|class|function) '?([\w.]+\.\w+)|(TorchScript)", str(error))
+        if unsafe:
             raise WeightsError(
-                f"{path} is not loaded, because it holds more than tensors and may run code ({unsafe[1]}): "
-                f"save it again as a plain dictionary of tensors"
+                f"{path} is not loaded, because it holds more than tensors and may run code "
+                f"({unsafe[1] or unsafe[2]}): save it again as a plain dictionary of tensors"
             ) from error
         raise WeightsError(f"{path} is cut off or damaged: download or copy it again") from error
 
 
-def load_into(network: nn.Module, state: Mapping[str, Tensor], source: str, strict: bool = True) -> LoadReport:
-    """Copies tensors into the network's parameters and buffers of the same name and shape.
-
-    Args:
-        source: the file's name, for messages.
-        strict: the two must agree in all names and shapes; `num_batches_tracked` may be absent on either side.
-
-    Raises:
-        WeightsError: strict and they do not agree; then the network is unchanged.
-    """
-    own = network.state_dict()
-    report = LoadReport()
-    for name, tensor in state.items():
-        if name in own and tensor.shape == own[name].shape:
-            report.loaded.append(name)
-        elif not name.endswith("num_batches_tracked"):
-            report.left_out.append(name)
-            if name in own:
-                report.other_shape[name] = tuple(tensor.shape), tuple(own[name].shape)
-    loaded = set(report.loaded)
-    report.initialised.extend(name for name in own if name not in loaded and not name.endswith("num_batches_tracked"))
-    if strict and (difference := report.differences()):
-        raise WeightsError(f"{source} belongs to another network ({difference}): use the recipe it was trained with")
-    network.load_state_dict({name: state[name] for name in report.loaded}, strict=False)
-    return report
+def _load(path: Path) -> tuple[Any, str]:
+    """The content of a file, and what container it is."""
+    start = _first_bytes(path)
+    if path.suffix == ".safetensors" or start[8:9] == b"{":
+        tensors, metadata = _load_safetensors(path)
+        if RECORD not in metadata:
+            return {**metadata, **tensors}, "safetensors"
+        try:
+            record = json.loads(metadata[RECORD])
+        except json.JSONDecodeError as error:
+            raise WeightsError(f"{path}: its metadata entry '{RECORD}' is no json: write the file again") from error
+        return {**(record if isinstance(record, dict) else {}), "weights": tensors}, "safetensors"
+    return load_safely(path), "torch" if _is_zip(start) else "torch before 1.6"
 
 
-def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
+def _unwrapped(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    for entry in _WRAPPERS:
+        inner = content.get(entry)
+        if isinstance(inner, Mapping):
+            return inner
+    return content
+
+
+def _kind(names: Collection[str]) -> Kind:
+    return next((kind for name, kind in _LANDMARKS.items() if name in names), Kind.UNKNOWN)
+
+
+def _is_of_body(name: str) -> bool:
+    """Whether a tensor of a ResNet is neither of its classifier nor a counter of batch norm."""
+    return not name.startswith("fc.") and not name.endswith(".num_batches_tracked")
+
+
+def _class_counts(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    boxes, semantic = state.get("box_head.class_logits.bias"), state.get("semantic_head.score.bias")
+    return None if boxes is None or semantic is None else (len(boxes), len(semantic))
+
+
+def _tensors(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The tensors by name, without prefix and as float32, and how many were stored as what."""
     named = content.items() if isinstance(content, Mapping) else ()
-    state = {
-        str(name).removeprefix("module."): tensor.detach().float() if tensor.is_floating_point() else tensor
-        for name, tensor in named
-        if isinstance(tensor, Tensor)
-    }
-    if not state:
+    stored = {str(name).removeprefix("module."): value for name, value in named if isinstance(value, Tensor)}
+    if not stored:
         raise WeightsError(f"{path} holds no tensors by name: a dictionary of tensors (state_dict) is wanted")
-    for name, tensor in state.items():
+    for name, tensor in stored.items():
         if not torch.isfinite(tensor).all():
             raise WeightsError(f"{path} holds NaN or infinite values in {name}: use another file")
-    return state
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in stored.values())
+    state = {name: t.detach().float() if t.is_floating_point() else t for name, t in stored.items()}
+    return state, dict(dtypes)
 
 
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    _first_bytes(path)
+def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        return safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except OSError as error:
         raise _not_readable(path, error) from error
     except safetensors.SafetensorError as error:
@@ -180,13 +229,9 @@ def _first_bytes(path: Path) -> bytes:
         raise _not_readable(path, error) from error
 
 
+def _is_zip(start: bytes) -> bool:
+    return start.startswith(b"PK\x03\x04")
+
+
 def _not_readable(path: Path, error: OSError) -> WeightsError:
     return WeightsError(f"weight file {path} cannot be read ({error.strerror or error}): check the path")
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape)) or "scalar"

@@ -1,12 +1,19 @@
-"""Names of the released UPSNet weights ↔ ours."""
+"""Released UPSNet weights: their names and ours, their class tables, and writing ours as they are written."""
 
-import re
-from collections.abc import Callable
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from upsnet.checkpoints.names import NameTable
+from upsnet.structures.categories import Categories
+from upsnet.structures.class_tables import class_table
+from upsnet.structures.errors import WeightsError
 
 _BLOCK, _OUR_BLOCK = "resnet_backbone.res{stage}.layers.{block}", "backbone.res{stage}.{block}"
-_CONV = "fcn_head.fcn_subnet.conv.{layer}.0"
+_CONV, _OUR_CONV = "fcn_head.fcn_subnet.conv.{layer}.0", "semantic_head.layers.{layer}"
 
-LAYERS = (
+_NAMES = NameTable(
     ("resnet_backbone.conv1.conv1", "backbone.stem.conv"),
     ("resnet_backbone.conv1.bn1", "backbone.stem.norm"),
     (f"{_BLOCK}.conv{{n}}", f"{_OUR_BLOCK}.conv{{n}}"),
@@ -26,50 +33,52 @@ LAYERS = (
     ("mask_branch.mask_conv{n}.0", "mask_head.convs.{n-1}.conv"),
     ("mask_branch.mask_deconv1.0", "mask_head.deconv"),
     ("mask_branch.mask_score", "mask_head.score"),
-    (f"{_CONV}.conv_offset", "semantic_head.layers.{layer}.conv.offset"),
-    (f"{_CONV}.conv", "semantic_head.layers.{layer}.conv"),
+    (f"{_CONV}.conv_offset", f"{_OUR_CONV}.conv.offset"),
+    (f"{_CONV}.conv", f"{_OUR_CONV}.conv"),
     ("fcn_head.score", "semantic_head.score"),
 )
-"""Released layer, our layer. {x} stands for a number; {x-2} for one that is smaller by two."""
+
+_CLASS_TABLES = {(81, 133): "coco", (9, 19): "Cityscapes"}
+"""Data sets of the released files by their class counts C and S."""
 
 
 def our_name(name: str) -> str | None:
-    """Our name of a tensor of a released file: `fpn.fpn_p5.bias` → `fpn.output.3.conv.bias`; None: there is none."""
-    return _translated(name, _TO_OURS)
+    """Our name of a released file's tensor: `fpn.fpn_p5.bias` → `fpn.output.3.conv.bias`; None: no such layer."""
+    return _NAMES.to_right(name)
 
 
 def released_name(name: str) -> str | None:
-    """The released name of one of our tensors; None: the original has no such layer, e.g. no group norm's."""
-    return _translated(name, _TO_RELEASED)
+    """The released name of one of our tensors; None: the original's name of such a layer is not known."""
+    return _NAMES.to_left(name)
 
 
-_Rule = tuple[re.Pattern[str], Callable[[re.Match[str]], str]]
-
-_PLACE = re.compile(r"\{(\w+?)(?:-(\d))?\}")
-
-
-def _rule(wanted: str, given: str) -> _Rule:
-    """How a layer name of the form `given` becomes one of the form `wanted`."""
-    pattern = "".join(
-        f"(?P<{part}>\\d+)" if i % 3 == 1 else re.escape(part)
-        for i, part in enumerate(_PLACE.split(given))
-        if i % 3 != 2
-    )
-    smaller = {name: int(by or 0) for name, by in _PLACE.findall(given)}
-
-    def fill(match: re.Match[str]) -> str:
-        return _PLACE.sub(lambda place: str(int(match[place[1]]) + smaller[place[1]] - int(place[2] or 0)), wanted)
-
-    return re.compile(pattern), fill
+def released_classes(counts: tuple[int, int] | None) -> Categories | None:
+    """The class table of a released file by its class counts (C, S), None for counts of no released file."""
+    dataset = _CLASS_TABLES.get(counts) if counts else None
+    return class_table(dataset) if dataset else None
 
 
-_TO_OURS = [_rule(ours, released) for released, ours in LAYERS]
-_TO_RELEASED = [_rule(released, ours) for released, ours in LAYERS]
+def to_released(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Weights under our names → the same under the released names.
 
+    Counters of batch norm, which files of old versions of torch lack, are added as 0.
 
-def _translated(name: str, rules: list[_Rule]) -> str | None:
-    layer, _, kind = name.rpartition(".")
-    for pattern, fill in rules:
-        if match := pattern.fullmatch(layer):
-            return f"{fill(match)}.{kind}"
-    return None
+    Args:
+        source: the file's name, for messages.
+
+    Raises:
+        WeightsError: the network has layers for which the original's names are not known, such as group norm.
+    """
+    named = {}
+    for name, tensor in state.items():
+        theirs = released_name(name)
+        is_norm = ".norm" in name or ".downsample.norm" in name
+        if theirs is None or (is_norm and f"{name.rpartition('.')[0]}.running_mean" not in state):
+            raise WeightsError(
+                f"{source} cannot be written under the released names: none is known for {name}; "
+                f"write it with --to safetensors"
+            )
+        named[theirs] = tensor
+    for name in [name for name in named if name.endswith(".running_mean")]:
+        named.setdefault(name.removesuffix("running_mean") + "num_batches_tracked", torch.tensor(0))
+    return named

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from upsnet import builders
+from upsnet.checkpoints.files import read_weights
 from upsnet.commands.startup import say_where
 from upsnet.config import Recipe, paths
 from upsnet.dataset.coco_panoptic import CocoPanoptic
@@ -15,7 +16,6 @@ from upsnet.engine.inference_loop import predict_batches, run_test
 from upsnet.engine.log import logging_to
 from upsnet.evaluation.result_files import ResultWriter, read_results, write_summary
 from upsnet.evaluation.tables import summary_tables
-from upsnet.predict import load_trained
 from upsnet.structures.pictures import write_png
 from upsnet.structures.results import Prediction
 from upsnet.visualize import draw_panoptic
@@ -57,7 +57,7 @@ def test(recipe: Recipe, weights: Path | None = None, eval_only: bool = False) -
 def _fresh_predictions(recipe: Recipe, dataset: CocoPanoptic, weights: Path) -> Iterator[Prediction]:
     device = builders.choose_device(recipe)
     network = builders.build_network(recipe, dataset.categories)
-    load_trained(network, weights, dataset.categories)
+    builders.load_trained(network, read_weights(weights), dataset.categories)
     say_where(device)
     logger.info("testing %s on %d images of %s", weights, dataset.num_photos, recipe.dataset.dataset_path)
     loader = builders.build_test_loader(recipe, dataset)

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from upsnet import builders
-from upsnet.checkpoints.resnet import load_pretrained
 from upsnet.commands.startup import say_how_many_workers, say_where
 from upsnet.config import Recipe, dump_recipe, paths
 from upsnet.dataset.coco_panoptic import CocoPanoptic
@@ -17,6 +16,8 @@ from upsnet.engine.log import TrainingLog, logging_to
 from upsnet.engine.options import LoopOptions
 from upsnet.engine.snapshots import ResumeState, Snapshots, complete_snapshots, resume
 from upsnet.engine.train import train as run_training
+from upsnet.models.upsnet import UPSNet
+from upsnet.structures.categories import Categories
 from upsnet.structures.errors import DataError, RecipeError, WeightsError
 from upsnet.structures.pictures import write_png
 from upsnet.structures.sample import Batch
@@ -46,7 +47,7 @@ def train(recipe: Recipe) -> Path:
         options = builders.engine_options(recipe, len(dataset))
         say_where(device)
         say_how_many_workers(recipe)
-        start = _starting_point(recipe, network, optimizer)
+        start = _starting_point(recipe, network, optimizer, dataset.categories)
         _say_what_is_trained(recipe, dataset, network, options)
         _say_what_will_not_come(recipe)
         snapshots = Snapshots(folder, recipe.model_prefix, dataset.categories, dump_recipe(recipe))
@@ -70,7 +71,9 @@ def train(recipe: Recipe) -> Path:
         return snapshots.path(options.max_iteration)
 
 
-def _starting_point(recipe: Recipe, network: nn.Module, optimizer: torch.optim.Optimizer) -> ResumeState | None:
+def _starting_point(
+    recipe: Recipe, network: UPSNet, optimizer: torch.optim.Optimizer, categories: Categories
+) -> ResumeState | None:
     """Puts weights into the network: those of the snapshot that is resumed, else the pretrained ones, if any."""
     if recipe.train.resume:
         start = resume(paths.snapshot_file(recipe, recipe.train.begin_iteration), network, optimizer)
@@ -83,11 +86,7 @@ def _starting_point(recipe: Recipe, network: nn.Module, optimizer: torch.optim.O
         return start
     if recipe.network.pretrained is not None:
         _check_pretrained(recipe, Path(recipe.network.pretrained))
-        report = load_pretrained(network, Path(recipe.network.pretrained))
-        logger.info("%s: %d tensors loaded", recipe.network.pretrained, len(report.loaded))
-        for what, names in (("not used", report.left_out), ("of another shape", list(report.other_shape))):
-            if names:
-                logger.info("%s: %s: %s", recipe.network.pretrained, what, ", ".join(names))
+        builders.start_from_pretrained(recipe, network, categories)
     return None
 
 

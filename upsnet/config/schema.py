@@ -108,9 +108,14 @@ class NetworkOptions(_Options):
     """Section `network`: what is built."""
 
     pretrained: Text | None = Field(None, description="weights to start training from; null: from scratch")
+    pretrained_convention: Literal["caffe", "torchvision"] | None = Field(
+        None,
+        description="of a ResNet as `pretrained`; caffe: strides in the first 1×1 convolution, wants BGR 0..255 minus "
+        "means; torchvision: strides in the 3×3, wants RGB, normalised; null: known from the file, or asked for",
+    )
     use_caffe_model: bool = Field(
         True,
-        description="input is BGR 0..255 minus `pixel_means`; false: 0..1, then torchvision's mean and deviation",
+        description="input is BGR 0..255 minus `pixel_means`; false: RGB 0..1, then torchvision's mean and deviation",
     )
     pixel_means: Means = Field(PIXEL_MEANS, description="channel means, in the order B, G, R")
     backbone_stride_in_1x1: bool = Field(

@@ -59,12 +59,12 @@ class Transform:
 
     def picture(self, image: Tensor) -> NDArray[np.uint8]:
         """What the network sees as a picture: 3×h×w network input → h×w×3 uint8 RGB."""
-        bgr = image.permute(1, 2, 0).numpy()
+        values = image.permute(1, 2, 0).numpy()
         if self.use_caffe_model:
-            values = bgr + np.asarray(self.pixel_means, np.float32)
+            rgb = (values + np.asarray(self.pixel_means, np.float32))[..., ::-1]
         else:
-            values = (bgr * np.array(_TORCHVISION_DEVIATIONS) + np.array(_TORCHVISION_MEANS)) * 255
-        return np.ascontiguousarray(values[..., ::-1].round().clip(0, 255).astype(np.uint8))
+            rgb = (values * np.array(_TORCHVISION_DEVIATIONS) + np.array(_TORCHVISION_MEANS)) * 255
+        return np.ascontiguousarray(rgb.round().clip(0, 255).astype(np.uint8))
 
 
 def network_scale(height: int, width: int, short_side: int, max_size: int) -> float:
@@ -89,15 +89,14 @@ def padded_size(size: tuple[int, int], stride: int = 32) -> tuple[int, int]:
 def normalize(
     photo: NDArray[np.uint8], pixel_means: tuple[float, float, float], use_caffe_model: bool
 ) -> NDArray[np.float32]:
-    """H×W×3 uint8 RGB → H×W×3 float32 BGR.
+    """H×W×3 uint8 RGB → H×W×3 float32, as the pretrained ResNet wants it.
 
-    With a caffe model the means are subtracted; otherwise the values go to 0..1 and torchvision's means and deviations
-    are applied, in the order in which the original applies them: the numbers of red to blue and the other way round.
+    With a caffe model: BGR minus the means. Otherwise: RGB in 0..1, minus torchvision's means and divided by its
+    deviations. (The original applies those numbers of red to blue and the other way round; no released weights do.)
     """
-    bgr = photo[..., ::-1]
     if use_caffe_model:
-        return np.subtract(bgr, np.asarray(pixel_means, np.float32), dtype=np.float32)
-    unit = np.divide(bgr, np.float32(255), dtype=np.float32)
+        return np.subtract(photo[..., ::-1], np.asarray(pixel_means, np.float32), dtype=np.float32)
+    unit = np.divide(photo, np.float32(255), dtype=np.float32)
     means, deviations = np.array(_TORCHVISION_MEANS, np.float32), np.array(_TORCHVISION_DEVIATIONS, np.float32)
     return np.asarray((unit - means) / deviations, dtype=np.float32)
 

@@ -1,6 +1,6 @@
 """Snapshots: two files a step, whole or not there, from which training goes on bit for bit.
 
-`<prefix>N.pth`: weights, class table, recipe, format version: what testing and others want.
+`<prefix>N.pth`: weights, class table, recipe, step, format version: what testing and others want.
 `<prefix>N.state.pth`: what only a resume wants, as tensors and plain values. It is renamed last: where it stands, the
 pair is complete.
 """
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from upsnet.checkpoints.files import FORMAT_VERSION, load_into, load_safely, read_weights
+from upsnet.checkpoints.files import FORMAT_VERSION, load_safely, read_weights
+from upsnet.checkpoints.loading import load_into
 from upsnet.structures.categories import Categories
 from upsnet.structures.errors import WeightsError
 from upsnet.structures.places import sync_folder, write_temporary, writing
@@ -57,6 +58,7 @@ class Snapshots:
             "weights": {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()},
             "categories": self.categories.to_coco(),
             "recipe": self.recipe,
+            "iteration": state.iteration,
             "format_version": FORMAT_VERSION,
         }
         rest = {

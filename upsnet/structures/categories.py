@@ -71,6 +71,10 @@ class Categories:
         """S: all classes, the width of the semantic head."""
         return len(self._ordered)
 
+    def same_classes(self, other: "Categories") -> bool:
+        """Whether both name the same things and stuff in the same order; category ids may differ."""
+        return [(c.name, c.is_thing) for c in self] == [(c.name, c.is_thing) for c in other]
+
     def semantic_id(self, category_id: int) -> int:
         """Semantic id of a category id; KeyError if the table does not hold it."""
         return self._semantic_id[category_id]

@@ -1,0 +1,80 @@
+"""From a recipe to weights in its network: pretrained ones to start from, or trained ones that must fit."""
+
+import logging
+from itertools import zip_longest
+from pathlib import Path
+from typing import get_args
+
+from torch import nn
+
+from upsnet.checkpoints.conventions import WORDS, known_convention
+from upsnet.checkpoints.files import Kind, WeightFile, read_weights
+from upsnet.checkpoints.loading import LoadReport, load_into, load_pretrained
+from upsnet.checkpoints.manifest import Convention
+from upsnet.config import Recipe
+from upsnet.models.upsnet import UPSNet
+from upsnet.structures.categories import Categories
+from upsnet.structures.errors import RecipeError, WeightsError
+
+logger = logging.getLogger("upsnet")
+
+
+def start_from_pretrained(recipe: Recipe, network: UPSNet, categories: Categories) -> LoadReport:
+    """Puts the weights of `network.pretrained`, which must be set, into the network, and logs what became of them.
+
+    Raises:
+        UserError: the file cannot be read, does not fit, or its convention is unknown or another one than the recipe's.
+    """
+    assert recipe.network.pretrained is not None
+    file = read_weights(Path(recipe.network.pretrained))
+    logger.info("network.pretrained %s: %s, %d tensors", file.path, file.kind, len(file.state))
+    if file.kind is Kind.RESNET:
+        _check_convention(recipe, file)
+    report = load_pretrained(network, file, categories, recipe.seed)
+    for line in report.lines():
+        logger.info("network.pretrained %s", line)
+    return report
+
+
+def load_trained(network: nn.Module, file: WeightFile, categories: Categories) -> None:
+    """Loads weights that must fit the network and the classes.
+
+    Raises:
+        WeightsError: they do not fit.
+    """
+    if file.kind is Kind.RESNET:
+        raise WeightsError(
+            f"{file.path} is a ResNet alone, without UPSNet's heads: give trained weights, and this file as "
+            f"network.pretrained of a training"
+        )
+    for position, (theirs, ours) in enumerate(zip_longest(file.categories or categories, categories)):
+        if theirs is None or ours is None or (theirs.name, theirs.is_thing) != (ours.name, ours.is_thing):
+            was, wanted = (f"'{c.name}' (id {c.id})" if c else "nothing" for c in (theirs, ours))
+            raise WeightsError(
+                f"{file.path} was trained on other classes: number {position} is {was} there and {wanted} in the data: "
+                f"use the data set that it was trained on"
+            )
+    load_into(network, file.state, str(file.path))
+
+
+def _check_convention(recipe: Recipe, file: WeightFile) -> None:
+    """A ResNet's convention must be known, and be that of the recipe's network and transform."""
+    options = recipe.network
+    known = known_convention(file, options.pretrained_convention)
+    if known is None:
+        kinds = " or ".join(f"{name} ({WORDS[name]})" for name in get_args(Convention))
+        raise RecipeError(
+            f"nothing tells the convention of {file.path}, and its tensors do not show it: "
+            f"set network.pretrained_convention to {kinds}"
+        )
+    is_caffe = known.convention == "caffe"
+    wanted = {"network.use_caffe_model": (options.use_caffe_model, is_caffe)}
+    if "backbone.res2.0.conv3.weight" in file.state:  # it has bottlenecks
+        wanted["network.backbone_stride_in_1x1"] = options.backbone_stride_in_1x1, is_caffe
+    if wrong := [key for key, (is_set, should_be) in wanted.items() if is_set != should_be]:
+        settings = " ".join(f"{key}={str(is_caffe).lower()}" for key in wrong)
+        raise RecipeError(
+            f"{file.path} is a ResNet of the {known.convention} convention ({WORDS[known.convention]}), known from "
+            f"{known.source}; the recipe says otherwise: set {settings}"
+        )
+    logger.info("network.pretrained convention: %s, known from %s", known.convention, known.source)
