@@ -1,10 +1,12 @@
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from tests.miniature import write_miniature
 from tests.reference.panoptic_files import (
@@ -16,7 +18,7 @@ from tests.reference.panoptic_files import (
 )
 from upsnet.evaluation.detection_files import DETECTION_KINDS, detection_file
 from upsnet.evaluation.instance_ap import NUMBERS, InstanceAP, coco_scores
-from upsnet.structures.errors import DataError, PlaceError
+from upsnet.structures.errors import UserError
 from upsnet.structures.results import Detections
 
 
@@ -30,21 +32,94 @@ def no_detections():
     return Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.float32), [])
 
 
-def test_official_example(shared):
-    """The fake results that come with the COCO tools; 24 numbers as printed there."""
-    folder = shared("data/eval_cases") / "cocoapi_fake100"
+@pytest.fixture(params=["pycocotools", "faster_coco_eval"])
+def tool(request, monkeypatch):
+    """Both tools in turn; the optional one is skipped where it is not installed."""
+    if request.param == "pycocotools":
+        monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    else:
+        pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed (optional)")
+    return request.param.replace("_", "-")
+
+
+def official_example(folder, kind, results=None):
     truth = json.loads((folder / "instances_val2014_100.json").read_text())
-    printed = (folder / "val2014_fake_eval_res.txt").read_text()
-    compared = 0
-    for kind in ("bbox", "segm"):
-        section = printed.split(f"type={kind}")[1].split("type=")[0]
-        expected = [float(line.rsplit("=", 1)[1]) for line in section.splitlines() if "maxDets" in line]
-        results = folder / f"instances_val2014_fake{kind}100_results.json"
-        scores = coco_scores(truth["images"], truth["annotations"], truth["categories"], results, kind)
-        for name, number in zip(NUMBERS, expected, strict=True):
-            assert round(scores[name] / 100, 3) == number, (kind, name)
-            compared += 1
-    assert compared == 24
+    results = results or folder / f"instances_val2014_fake{kind}100_results.json"
+    return coco_scores(truth["images"], truth["annotations"], truth["categories"], results, kind)
+
+
+@pytest.mark.parametrize("kind", DETECTION_KINDS)
+def test_official_example(shared, tool, kind, caplog):
+    """The fake results that come with the COCO tools; 12 numbers of each kind as printed there."""
+    folder = shared("data/eval_cases") / "cocoapi_fake100"
+    section = (folder / "val2014_fake_eval_res.txt").read_text().split(f"type={kind}")[1].split("type=")[0]
+    expected = [line.rsplit("=", 1)[1].strip() for line in section.splitlines() if "maxDets" in line]
+    with caplog.at_level("INFO", "upsnet"):
+        scores = official_example(folder, kind)
+    assert [f"{scores[name] / 100:.3f}" for name in NUMBERS] == expected and len(expected) == 12
+    assert f"average precision ({kind}) by {tool} " in caplog.text
+    assert "100 images, 839 true instances" in caplog.text
+
+
+def plain_scores(truth, records, kind):
+    """pycocotools on everything at once, as its own demonstration goes."""
+    coco = COCO()
+    coco.dataset = truth
+    coco.createIndex()
+    evaluation = COCOeval(coco, coco.loadRes(records), kind)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return dict(zip(NUMBERS, evaluation.stats.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("kind", DETECTION_KINDS)
+def test_class_by_class_equals_all_at_once(tool, kind, tmp_path):
+    """To the last bit, with crowds, ties, more detections than count and classes without truth or detections."""
+    rng = np.random.default_rng(5)
+    size = 60
+    images = [{"id": int(i), "height": size, "width": size} for i in rng.permutation(40)]
+    categories = [{"id": i} for i in (7, 3, 90, 12, 1)]
+    truths, records = [], []
+    for image in images:
+        for _ in range(rng.integers(0, 6)):
+            truths.append(random_box(rng, size, image["id"], int(rng.choice([7, 3, 90]))))
+            truths[-1].update(id=len(truths), iscrowd=int(rng.random() < 0.2))
+        near = [truth for truth in truths if truth["image_id"] == image["id"]]
+        for truth in near * 2:
+            records.append(random_box(rng, size, image["id"], truth["category_id"], truth["bbox"]))
+        for _ in range(300 if image["id"] == 4 else 5):
+            records.append(random_box(rng, size, image["id"], int(rng.choice([7, 12]))))
+    for record in records:
+        record["score"] = float(rng.integers(1, 20)) / 20  # many ties
+        del record["area"], record["segmentation" if kind == "bbox" else "bbox"]
+    path = detection_file(tmp_path, kind)
+    path.write_text(json.dumps(records))
+    scores = coco_scores(images, truths, categories, path, kind)
+    expected = plain_scores({"images": images, "annotations": truths, "categories": categories}, records, kind)
+    assert 0 < scores["ap"] < 100
+    assert scores == {name: None if value < 0 else 100.0 * value for name, value in expected.items()}
+
+
+def random_box(rng, size, image_id, category_id, near=None):
+    """A record with box and mask: anywhere, or a shifted copy of a box."""
+    if near is None:
+        width, height = rng.integers(2, 50, 2).tolist()
+        x, y = int(rng.integers(0, size - width)), int(rng.integers(0, size - height))
+    else:
+        x, y, width, height = near
+        x, y = max(0, x + int(rng.integers(-3, 4))), max(0, y + int(rng.integers(-3, 4)))
+        width, height = min(width, size - x), min(height, size - y)
+    mask = np.zeros((size, size), np.uint8, order="F")
+    mask[y : y + height, x : x + width] = 1
+    rle = coco_mask.encode(mask)
+    return {
+        "image_id": image_id,
+        "category_id": category_id,
+        "bbox": [x, y, width, height],
+        "area": width * height,
+        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+    }
 
 
 def scores_of(predictions, truths, categories, folder):
@@ -124,10 +199,19 @@ def test_true_masks_of_every_form(miniature, tmp_path):
         assert scores_of([prediction], [truth], categories, tmp_path)[1]["ap"] == pytest.approx(100.0), name
 
 
-def test_missing_and_damaged_results(miniature, tmp_path):
-    categories, path = miniature[0], detection_file(tmp_path, "segm")
-    with pytest.raises(PlaceError, match=r"cannot read .*segm_results\.json"):
-        InstanceAP(categories, path, "segm").summary()
-    path.write_text("[{")
-    with pytest.raises(DataError, match=r"segm_results\.json: is not valid json"):
-        InstanceAP(categories, path, "segm").summary()
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, r"cannot read .*segm_results\.json"),
+        ("[{", r"segm_results\.json: is not valid json"),
+        ("{}", "is not a list of COCO results, each with category_id, image_id, score, segmentation"),
+        ('[{"image_id": 1, "category_id": 3, "score": 1, "bbox": [0, 0, 1, 1]}]', "is not a list of COCO results"),
+        ('[{"image_id": 5, "category_id": 3, "score": 1, "segmentation": {}}]', "image 5 is not among the images"),
+    ],
+)
+def test_missing_and_damaged_results(miniature, tmp_path, text, words):
+    path = detection_file(tmp_path, "segm")
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=words):
+        InstanceAP(miniature[0], path, "segm").summary()

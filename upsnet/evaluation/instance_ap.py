@@ -1,24 +1,30 @@
-"""Average precision of boxes and masks by pycocotools (COCO's rule)."""
+"""Average precision of boxes and masks by COCO's rule: pycocotools, or faster-coco-eval where it is installed.
+
+The two give the same numbers to the last bit; tests/evaluation/test_instance_ap.py compares them.
+"""
 
 import contextlib
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from tqdm import tqdm
 
 from upsnet.evaluation.json_files import read_json
 from upsnet.structures.categories import Categories
+from upsnet.structures.errors import DataError
 from upsnet.structures.results import Prediction, Truth
 
 logger = logging.getLogger("upsnet")
 
 NUMBERS = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l", "ar1", "ar10", "ar100", "ar_s", "ar_m", "ar_l")
-
 
 KEPT = {"category_id", "bbox", "area", "iscrowd"}
 """What pycocotools looks at in a true instance, besides its mask."""
@@ -62,12 +68,6 @@ class InstanceAP:
             PlaceError: the results cannot be read.
             DataError: they are damaged.
         """
-        logger.info(
-            "average precision (%s): %d images, %d true instances",
-            self._kind,
-            len(self._images),
-            len(self._annotations),
-        )
         categories = [{"id": c.id, "name": c.name} for c in self._categories if c.is_thing]
         return coco_scores(self._images, self._annotations, categories, self._results, self._kind)
 
@@ -90,30 +90,79 @@ def coco_scores(
 ) -> dict[str, float | None]:
     """The twelve numbers of the COCO summary × 100, None where pycocotools says -1.
 
+    pycocotools is asked class by class, since the classes do not touch each other before the last mean: what it keeps
+    for each class and image would otherwise be the largest thing in memory.
+
     Args:
         images: records of all images that were tested, with `id`, `height` and `width`.
         annotations: COCO instance annotations of these images.
         categories: COCO category records.
         results: COCO results json.
         kind: "bbox" or "segm".
+
+    Raises:
+        PlaceError: the results cannot be read.
+        DataError: they are damaged, or hold an image that was not tested.
     """
-    records = read_json(results)
-    common = {"images": list(images), "categories": list(categories)}
+    image_ids = {image["id"] for image in images}
+    found = _by_category(_read_results(results, "bbox" if kind == "bbox" else "segmentation", image_ids))
+    wanted = _by_category(annotations)
+    tool, data_class, eval_class = _tool()
+    logger.info("average precision (%s) by %s: %d images, %d true instances", kind, tool, len(images), len(annotations))
+    category_ids = sorted(category["id"] for category in categories)
+    if not category_ids:
+        return dict.fromkeys(NUMBERS)
+    precision, recall = [], []
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports by print
-        truth = _coco({**common, "annotations": list(annotations)})
-        # loadRes does not take an empty list.
-        found = truth.loadRes(records) if records else _coco({**common, "annotations": []})
-        scores = COCOeval(truth, found, kind)
-        scores.evaluate()
-        scores.accumulate()
-        scores.summarize()
-    return {
-        name: None if value < 0 else 100.0 * float(value) for name, value in zip(NUMBERS, scores.stats, strict=True)
-    }
+        for category_id in tqdm(category_ids, desc=f"average precision ({kind})", unit="class", dynamic_ncols=True):
+            true_records, records = wanted.pop(category_id, []), found.pop(category_id, [])
+            touched = {record["image_id"] for record in (*true_records, *records)}
+            common = {"images": [i for i in images if i["id"] in touched], "categories": [{"id": category_id}]}
+            truth = _indexed(data_class(), {**common, "annotations": true_records})
+            # loadRes does not take an empty list.
+            given = truth.loadRes(records) if records else _indexed(data_class(), {**common, "annotations": []})
+            scores = eval_class(truth, given, kind)
+            scores.evaluate()
+            scores.accumulate()
+            precision.append(scores.eval["precision"])
+            recall.append(scores.eval["recall"])
+        total = COCOeval(iouType=kind)
+        total.eval = {"precision": np.concatenate(precision, axis=2), "recall": np.concatenate(recall, axis=1)}
+        total.summarize()
+    return {name: None if value < 0 else 100.0 * float(value) for name, value in zip(NUMBERS, total.stats, strict=True)}
 
 
-def _coco(dataset: dict[str, Any]) -> COCO:
-    coco = COCO()
-    coco.dataset = dataset
-    coco.createIndex()
-    return coco
+def _tool() -> tuple[str, Any, Any]:
+    """Name, data class and evaluation class of the tool that counts."""
+    try:
+        from faster_coco_eval import COCO as FasterCOCO
+        from faster_coco_eval import COCOeval_faster
+    except ImportError:
+        return f"pycocotools {version('pycocotools')}", COCO, COCOeval
+    return f"faster-coco-eval {version('faster-coco-eval')}", FasterCOCO, COCOeval_faster
+
+
+def _indexed(data: Any, dataset: dict[str, Any]) -> Any:
+    data.dataset = dataset
+    data.createIndex()
+    return data
+
+
+def _by_category(records: Iterable[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault(record["category_id"], []).append(record)
+    return groups
+
+
+def _read_results(path: Path, key: str, image_ids: set[int]) -> list[dict[str, Any]]:
+    records = read_json(path)
+    needed = {"image_id", "category_id", "score", key}
+    if not isinstance(records, list) or not all(isinstance(r, dict) and needed <= r.keys() for r in records):
+        raise DataError(
+            f"{path}: is not a list of COCO results, each with {', '.join(sorted(needed))}: run the test again"
+        )
+    for record in records:
+        if record["image_id"] not in image_ids:
+            raise DataError(f"{path}: image {record['image_id']} is not among the images tested: run the test again")
+    return records
