@@ -125,8 +125,6 @@ def test_what_load_refuses(tiny_run):
         upsnet.load(tiny_run.recipe, overrides={"dataset.dataset_path": "nowhere"})
     with pytest.raises(RecipeError, match=r"num_classes is 81.*class table of .*tiny_2.pth"):
         upsnet.load(tiny_run.recipe, tiny_run.weights, overrides={"dataset.num_classes": 81})
-    with pytest.raises(RecipeError, match=r"test\.scales"):
-        upsnet.load(tiny_run.recipe, tiny_run.weights, overrides={"test.scales": [48, 96]})
 
 
 # -- predict -----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from upsnet import builders
 from upsnet.checkpoints.files import WeightFile, read_weights
 from upsnet.config import Recipe, load_recipe
 from upsnet.dataset.batches import collate
-from upsnet.dataset.transforms import Transform, padded_size, scaled_size
+from upsnet.dataset.views import Views
 from upsnet.engine.inference_loop import predict_batches
 from upsnet.engine.precision import Precision
 from upsnet.evaluation.coco_files import panoptic_record
@@ -29,7 +29,6 @@ from upsnet.structures.errors import DataError, RecipeError
 from upsnet.structures.panoptic_png import id_to_rgb
 from upsnet.structures.pictures import read_photo, write_png
 from upsnet.structures.results import Detections, Prediction, Segment
-from upsnet.structures.sample import Sample
 from upsnet.visualize import draw_panoptic
 
 logger = logging.getLogger("upsnet")
@@ -116,13 +115,13 @@ class Predictor:
         self,
         model: nn.Module,
         categories: Categories,
-        transform: Transform,
+        views: Views,
         precision: Precision = "fp32",
         batch_size: int = 1,
     ) -> None:
         self.model = model
         self.categories = categories
-        self._transform, self._precision, self._batch_size = transform, precision, batch_size
+        self._views, self._precision, self._batch_size = views, precision, batch_size
 
     @overload
     def predict(self, photos: Photo) -> PanopticResult: ...
@@ -133,7 +132,7 @@ class Predictor:
     def predict(self, photos: Photo | list[Photo]) -> PanopticResult | list[PanopticResult]:
         """The panoptic result of a photo, or of each in a list.
 
-        Only photos of equal padded size share a pass, so a list gives what one photo at a time gives.
+        Only photos of equal padded sizes share a pass, so a list gives what one photo at a time gives.
 
         Args:
             photos: path, PIL image (both turned as EXIF says) or H×W×3 uint8 RGB array; or a list of these.
@@ -148,28 +147,19 @@ class Predictor:
     def _predict_all(self, photos: Sequence[Photo]) -> list[PanopticResult]:
         pictures = [_to_picture(photo) for photo in photos]
         names = [Path(photo).name if isinstance(photo, str | Path) else "" for photo in photos]
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for i, picture in enumerate(pictures):
-            height, width = picture.shape[:2]
-            groups[padded_size(scaled_size(height, width, self._scale(picture, names[i])))].append(i)
+        groups: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
+        for i, (picture, name) in enumerate(zip(pictures, names, strict=True)):
+            try:
+                groups[self._views.padded_sizes(*picture.shape[:2])].append(i)
+            except DataError as error:
+                raise DataError(f"{name}: {error}" if name else str(error)) from None
         parts = [g[k : k + self._batch_size] for g in groups.values() for k in range(0, len(g), self._batch_size)]
-        batches = (collate([self._sample(pictures[i], names[i], i) for i in part]) for part in parts)
+        batches = (collate([self._views.sample(pictures[i], i, names[i]) for i in part]) for part in parts)
         results: dict[int, PanopticResult] = {}
         for prediction in predict_batches(self.model, batches, self._precision):
             i = prediction.image_id
             results[i] = PanopticResult(pictures[i], prediction, self.categories)
         return [results[i] for i in range(len(pictures))]
-
-    def _sample(self, picture: Picture, name: str, number: int) -> Sample:
-        scale = self._scale(picture, name)
-        return Sample(number, name, self._transform.image(picture, scale), picture.shape[:2], scale)
-
-    def _scale(self, picture: Picture, name: str) -> float:
-        height, width = picture.shape[:2]
-        try:
-            return self._transform.scale(height, width, image_id=0)
-        except DataError as error:
-            raise DataError(f"{name}: {error}" if name else str(error)) from None
 
 
 def _to_picture(photo: Photo) -> Picture:
@@ -222,9 +212,7 @@ def load_predictor(recipe: Recipe, weights: Path | None = None, device: torch.de
     else:
         builders.load_trained(network, file, categories)
     network.to(device or builders.choose_device(recipe)).eval()
-    return Predictor(
-        network, categories, builders.test_transform(recipe), recipe.test.precision, recipe.test.batch_size
-    )
+    return Predictor(network, categories, builders.test_views(recipe), recipe.test.precision, recipe.test.batch_size)
 
 
 def _start_untrained(recipe: Recipe, network: UPSNet, categories: Categories) -> None:

@@ -95,6 +95,7 @@ def test_recipes_are_immutable_and_hashable():
         ("train.scales", "[800, big]", "must be a whole number, got 'big'"),
         ("train.scales", "[800, 0]", "must be at least 1, got 0"),
         ("test.scales", "true", "must be a list, got true"),
+        ("test.scales", "[800, 600, 800]", "must name each scale once, got [800, 600, 800]"),
         ("train.decay_iteration", "[80000, 60000]", "must be in ascending order, got [80000, 60000]"),
         ("train.decay_iteration", "[5, 5]", "must be in ascending order, got [5, 5]"),
         ("train.precision", "fp8", "must be 'fp32', 'bf16' or 'fp16', got 'fp8'"),

@@ -8,6 +8,7 @@ from tests.miniature import CATEGORIES
 from tests.models.small import BALL, BOX, KITE, photo_sample, small_network
 from upsnet.dataset.batches import collate
 from upsnet.dataset.transforms import Transform
+from upsnet.dataset.views import Views
 from upsnet.models.box_head import DetectionOptions
 from upsnet.models.upsnet import SelectionOptions
 from upsnet.predict import Predictor
@@ -78,12 +79,13 @@ def photos():
     ]
 
 
-def test_mixed_sizes_through_the_predictor(network):
+@pytest.mark.parametrize("short_sides", [(64,), (64, 50)], ids=str)
+def test_mixed_sizes_through_the_predictor(network, short_sides):
     categories = Categories.from_coco(CATEGORIES, "miniature")
-    transform = Transform((64,), 128, use_caffe_model=False)
+    views = Views([Transform((side,), 128, use_caffe_model=False) for side in short_sides], flip=len(short_sides) > 1)
     pictures, things = photos(), 0
-    together = Predictor(network, categories, transform, batch_size=3).predict(pictures)
-    single = Predictor(network, categories, transform)
+    together = Predictor(network, categories, views, batch_size=3).predict(pictures)
+    single = Predictor(network, categories, views)
     for picture, result in zip(pictures, together, strict=True):
         alone = single.predict(picture)
         assert result.segment_map.shape == picture.shape[:2] and np.array_equal(result.photo, picture)

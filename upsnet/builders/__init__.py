@@ -6,7 +6,7 @@ from upsnet.builders.data import (
     build_training_loader,
     build_training_set,
     check_class_counts,
-    test_transform,
+    test_views,
     training_transform,
 )
 from upsnet.builders.evaluation import build_evaluators
@@ -31,6 +31,6 @@ __all__ = [
     "load_trained",
     "loss_weights",
     "start_from_pretrained",
-    "test_transform",
+    "test_views",
     "training_transform",
 ]

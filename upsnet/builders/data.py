@@ -10,6 +10,7 @@ from upsnet.dataset.coco_panoptic import CocoPanoptic
 from upsnet.dataset.image_sets import coco_image_sets
 from upsnet.dataset.loading import BatchLoader
 from upsnet.dataset.transforms import Transform
+from upsnet.dataset.views import PhotoViews, Views
 from upsnet.structures.categories import Categories
 from upsnet.structures.class_tables import class_table
 from upsnet.structures.errors import RecipeError
@@ -21,16 +22,13 @@ def training_transform(recipe: Recipe) -> Transform:
     return Transform(train.scales, train.max_size, network.pixel_means, network.use_caffe_model, recipe.seed)
 
 
-def test_transform(recipe: Recipe) -> Transform:
-    """How photos become network inputs at test time.
-
-    Raises:
-        RecipeError: `test.scales` holds more than one scale.
-    """
+def test_views(recipe: Recipe) -> Views:
+    """How photos become network inputs at test time."""
     network, test = recipe.network, recipe.test
-    if len(test.scales) > 1:
-        raise RecipeError(f"test.scales: {list(test.scales)} are several scales, testing takes one: choose one of them")
-    return Transform(test.scales, test.max_size, network.pixel_means, network.use_caffe_model)
+    transforms = [
+        Transform((scale,), test.max_size, network.pixel_means, network.use_caffe_model) for scale in test.scales
+    ]
+    return Views(transforms, test.flip)
 
 
 def build_training_set(recipe: Recipe) -> CocoPanoptic:
@@ -50,7 +48,8 @@ def build_training_set(recipe: Recipe) -> CocoPanoptic:
 
 def build_test_set(recipe: Recipe, targets: bool = False) -> CocoPanoptic:
     """The test images. targets: for validation losses."""
-    return _build_set(recipe, recipe.dataset.test_image_set, test_transform(recipe), targets=targets)
+    reference = test_views(recipe).transforms[0]
+    return _build_set(recipe, recipe.dataset.test_image_set, reference, targets=targets)
 
 
 def _build_set(
@@ -112,6 +111,7 @@ def build_training_loader(recipe: Recipe, dataset: CocoPanoptic, start_step: int
 
 
 def build_test_loader(recipe: Recipe, dataset: CocoPanoptic) -> BatchLoader:
-    """Batches of images of equal padded size, every image once."""
-    sampler = SamePaddedSizeSampler(dataset.padded_sizes(), recipe.test.batch_size)
-    return BatchLoader(dataset, sampler, recipe.dataset.num_workers)
+    """Batches of images of equal padded size, every image once, in all views; with targets in the first one alone."""
+    photos = dataset if dataset.targets else PhotoViews(dataset, test_views(recipe))
+    sampler = SamePaddedSizeSampler(photos.padded_sizes(), recipe.test.batch_size)
+    return BatchLoader(photos, sampler, recipe.dataset.num_workers)

@@ -60,8 +60,16 @@ def _fresh_predictions(recipe: Recipe, dataset: CocoPanoptic, weights: Path) -> 
     builders.load_trained(network, read_weights(weights), dataset.categories)
     say_where(device)
     logger.info("testing %s on %d images of %s", weights, dataset.num_photos, recipe.dataset.dataset_path)
+    _say_views(recipe)
     loader = builders.build_test_loader(recipe, dataset)
     return predict_batches(network.to(device), loader, recipe.test.precision)
+
+
+def _say_views(recipe: Recipe) -> None:
+    count = builders.test_views(recipe).count
+    if count > 1:
+        scales, mirrored = ", ".join(map(str, recipe.test.scales)), ", also mirrored" if recipe.test.flip else ""
+        logger.info("each image is seen in %d views: short sides %s%s", count, scales, mirrored)
 
 
 def _score(

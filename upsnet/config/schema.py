@@ -39,6 +39,12 @@ def _gpu_list(value: str) -> str:
     return value
 
 
+def _distinct(scales: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(scales)) < len(scales):
+        raise ValueError("must name each scale once")
+    return scales
+
+
 def _even(value: int) -> int:
     if value % 2:
         raise ValueError("must be even")
@@ -273,8 +279,13 @@ class TestOptions(_Options):
     test_iteration: Natural | None = Field(
         None, description="snapshot that is tested without --weight_path; null: that of `train.max_iteration`"
     )
-    scales: Scales = Field((800,), description="short side of the image in pixels")
-    max_size: Count = Field(1333, description="upper limit of the long side in pixels")
+    scales: Annotated[Scales, AfterValidator(_distinct)] = Field(
+        (800,),
+        description="short sides of the image in pixels; with several the image is seen at each, and the results are "
+        "fused at the first, whose resolution they get: so name the largest first",
+    )
+    flip: bool = Field(False, description="the image is seen mirrored as well, at each scale, and all is fused")
+    max_size: Count = Field(1333, description="upper limit of the long side in pixels, at every scale")
     batch_size: Count = Field(1, description="images for each pass; only images of equal padded size share a pass")
     precision: Precision = Field("fp32", description="arithmetic of the network in testing")
     rpn_nms_thresh: Fraction = Field(0.7, description="NMS threshold of the proposals")
