@@ -1,9 +1,12 @@
 """Preparation of Cityscapes, on a generated tree in the official layout."""
 
 import json
+import os
 import shutil
+import subprocess
 from contextlib import redirect_stdout
 from io import StringIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,3 +247,22 @@ def test_the_command(tree):
     assert ran.code == 0 and ran.out == "val: 3 photos, ready\n"
     failed = upsnet("prepare", "cityscapes", tree / "val")
     assert failed.code == 2 and len(failed.errors) == 1 and "leftImg8bit" in failed.errors[0]
+
+
+def test_the_script(tree, tmp_path):
+    """It hands its path to the command of the active environment, and says what to do where there is none."""
+    script = Path(__file__).resolve().parents[2] / "init_cityscapes.sh"
+    upsnet_there = tmp_path / "environment" / "bin" / "upsnet"
+    upsnet_there.parent.mkdir(parents=True)
+
+    def run(*arguments):
+        environment = {**os.environ, "VIRTUAL_ENV": str(upsnet_there.parents[1])}
+        return subprocess.run([script, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    assert run("--help").returncode == 0 and "gtFine_trainvaltest.zip" in run("--help").stdout
+    missing = run(tree)
+    assert missing.returncode == 2 and "run ./init.sh first" in missing.stderr
+    upsnet_there.write_text('#!/usr/bin/env bash\necho "$@"\nexit 3\n')
+    upsnet_there.chmod(0o755)
+    assert run("some tree").stdout == "prepare cityscapes some tree\n" and run().returncode == 3
+    assert run().stdout == f"prepare cityscapes {script.parent / 'data/cityscapes'}\n"

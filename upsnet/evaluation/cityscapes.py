@@ -16,6 +16,7 @@ from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as of
 from cityscapesscripts.helpers.labels import id2label, labels
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
+from tqdm import tqdm
 
 from upsnet.structures.categories import Categories
 from upsnet.structures.errors import DataError
@@ -66,7 +67,11 @@ class CityscapesAP:
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # a mean over nothing
-            found = official.computeAverages(official.evaluateMatches(self._matches, self._options), self._options)
+            precisions = [
+                [self._precision(name, overlap) for overlap in self._options.overlaps.tolist()]
+                for name in tqdm(self._options.instLabels, desc="Cityscapes' precision", unit="class", leave=False)
+            ]
+            found = official.computeAverages(np.array([precisions]), self._options)
         return {
             "ap": _percent(found["allAp"]),
             "ap50": _percent(found["allAp50%"]),
@@ -81,6 +86,16 @@ class CityscapesAP:
                 if category.is_thing
             ],
         }
+
+    def _precision(self, class_name: str, overlap: float) -> float:
+        """Average precision of one class at one IoU threshold, 0..1; nan where no true instance counts."""
+        options = copy(self._options)
+        options.instLabels, options.overlaps = [class_name], [overlap]
+        try:
+            return float(official.evaluateMatches(self._matches, options)[0, 0, 0])
+        except IndexError:
+            # The official program stops where nothing is found and every detection is forgiven.
+            return 0.0
 
     def _match(self, found: Detections, ids: NDArray[Any]) -> dict[str, Any]:
         """One photo in the form in which the official program keeps it."""
