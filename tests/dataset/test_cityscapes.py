@@ -55,12 +55,16 @@ def test_truth_is_that_of_the_official_files(root):
         assert (instance_id_reader(root, "train+val")(photo) == ids).all()
 
 
-def test_targets_leave_groups_to_the_void_of_the_instance_head(root):
-    dataset = builders.build_training_set(recipe_with(root, "train.scales=[64]", "train.max_size=128"))
+def test_groups_are_crowds_among_the_targets(root):
+    options = ("train.scales=[64]", "train.max_size=128")
+    dataset = builders.build_training_set(recipe_with(root, *options, "train.compat=null"))
+    as_original = builders.build_training_set(recipe_with(root, *options))
     assert len(dataset) == 6 and dataset.num_photos == 3, "mirrored copies"
     groups = 0
-    for sample in (dataset[i] for i in range(3)):
-        targets = sample.targets
+    for i in range(3):
+        targets = dataset[i].targets
+        boxes, original = targets.instances.without_crowd().boxes, as_original[i].targets.instances
+        assert not original.is_crowd.any() and (original.boxes == boxes).all(), "the original's jsons hold no groups"
         groups += int(targets.instances.is_crowd.sum())
         assert targets.quarter_masks.shape == (len(targets.instances.without_crowd()), SIZE[0] // 4, SIZE[1] // 4)
         assert targets.instances.classes.min() >= 1 and targets.instances.classes.max() <= 8

@@ -77,6 +77,8 @@ def _build_set(
         skip_without_things=skip_without_things,
         limit=options.limit,
         min_area=min_area,
+        # The original's Cityscapes jsons hold no groups, and its sampling would take them for things.
+        crowds=options.dataset != "Cityscapes" or recipe.train.compat != "original",
         categories=class_table(options.dataset),
     )
     check_class_counts(recipe, dataset.categories, str(options.dataset_path))

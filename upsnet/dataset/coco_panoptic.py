@@ -45,6 +45,7 @@ class CocoPanoptic(Dataset[Sample]):
         skip_without_things: bool = False,
         limit: int | None = None,
         min_area: float = -1,
+        crowds: bool = True,
         categories: Categories | None = None,
     ) -> None:
         """Args:
@@ -54,6 +55,7 @@ class CocoPanoptic(Dataset[Sample]):
             skip_without_things: leave out photos without a single usable thing, as training does.
             limit: only the first photos, in ascending image id, counted before any is left out.
             min_area: instances with a smaller area in the instances json are no targets.
+            crowds: targets hold groups of things, marked as such; False: they hold single things only.
             categories: the class table for sets without labels; labelled sets bring their own.
 
         Raises:
@@ -62,7 +64,7 @@ class CocoPanoptic(Dataset[Sample]):
         """
         files = list(image_sets) if isinstance(image_sets, Sequence) else [image_sets]
         self.transform, self.targets, self.flip_copies = transform, targets, flip_copies
-        self._min_area = min_area
+        self._min_area, self._crowds = min_area, crowds
         self._sets = [_open(each) for each in files]
         _check_together(self._sets)
         if (targets or skip_without_things) and not self.has_truth:
@@ -160,6 +162,8 @@ class CocoPanoptic(Dataset[Sample]):
         height, width = annotated.size(row)
         semantic_map = labels.semantic_map()
         instances = annotated.instances(row, labels, self._min_area)
+        if not self._crowds:
+            instances = instances.without_crowd()
         if flipped:
             semantic_map = np.ascontiguousarray(semantic_map[:, ::-1])
             instances = _mirrored(instances, width)
