@@ -5,7 +5,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
     cat <<'TEXT'
-./init.sh                 set up: .venv (or the active environment, conda's too), packages, native operators
+./init.sh                 set up: .venv (or the active environment, conda's too), packages, native operators, and the
+                          ResNets that recipes start from (270 MB into model/), if their sources are reached
 ./init.sh demo [...]      set up, then the demo: generate data, train, test, report; arguments go to `upsnet demo`
 ./init.sh test [...]      set up, then ruff, mypy and the quick tests; arguments go to pytest
 ./init.sh help            this text
@@ -114,6 +115,12 @@ set_up_native() {
     fi
 }
 
+# Neither the demo nor the tests need weights, so only the plain set-up fetches them.
+set_up_weights() {
+    "$python" -m upsnet download-weights imagenet --if-online ||
+        say "weights: not all of them are there, see above; only recipes that start from these need them"
+}
+
 run_tests() {
     local status=0
     "$python" -m ruff check . || status=1
@@ -147,7 +154,10 @@ main() {
     set_up_packages
     set_up_native
     case "$command" in
-        setup) say_what_is_next ;;
+        setup)
+            set_up_weights
+            say_what_is_next
+            ;;
         demo) exec "$environment/bin/upsnet" demo "$@" ;;
         test) run_tests "$@" ;;
     esac

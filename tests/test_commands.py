@@ -177,6 +177,11 @@ def test_missing_pretrained_weights_and_what_to_do(recipe):
     assert len(keys) == 3 and upsnet("train", "--cfg", recipe, *keys, "train.max_iteration=1").code == 0
 
 
+def test_missing_pretrained_weights_of_the_manifest_name_the_command(recipe, tmp_path):
+    ran = upsnet("train", "--cfg", recipe, f"network.pretrained={tmp_path}/pretrained_model/resnet-50-caffe.pth")
+    assert ran.code == 2 and f": run ./download_weights.sh imagenet --out {tmp_path}, or train" in ran.errors[0]
+
+
 def test_pretrained_weights_are_listed(tiny_run, recipe):
     """Of another class table everything but the layers that depend on the classes."""
     ran = upsnet(

@@ -17,7 +17,7 @@ def run(*arguments):
     return subprocess.run(["bash", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("script", ["init.sh", "init_cityscapes.sh", ".ci/run"])
+@pytest.mark.parametrize("script", ["init.sh", "init_cityscapes.sh", "download_weights.sh", ".ci/run"])
 def test_scripts_are_executable_bash(script):
     assert (ROOT / script).stat().st_mode & 0o111
     assert run("-n", script).returncode == 0
@@ -74,8 +74,12 @@ class Tree:
         )  # fmt: skip
 
     @property
+    def calls(self):
+        return (self.folder / "calls").read_text().splitlines()
+
+    @property
     def installed(self):
-        return sum("pip install" in line for line in (self.folder / "calls").read_text().splitlines())
+        return sum("pip install" in line for line in self.calls)
 
 
 @pytest.fixture
@@ -92,6 +96,25 @@ def test_the_first_run_does_everything_and_the_second_nothing(tree):
     assert second.returncode == 0 and tree.installed == 0, second.stderr
     said = [".venv is there", "as in constraints.txt", "built before", "next: source"]
     assert all(text in line for text, line in zip(said, second.stdout.splitlines(), strict=True))
+
+
+def test_only_the_plain_set_up_fetches_weights(tree):
+    command = "-m upsnet download-weights imagenet --if-online"
+    assert tree.run().returncode == 0 and command in tree.calls
+    tree.program("python3.11", STAND_IN.format(tree=tree.folder))
+    assert tree.run("main test").returncode == 0 and command not in tree.calls
+    tree.program("active/bin/python", STAND_IN.format(tree=tree.folder))
+    tree.program("active/bin/upsnet", "#!/usr/bin/env bash\n")
+    demo = tree.run("main demo", VIRTUAL_ENV=str(tree.programs / "active"))
+    assert demo.returncode == 0 and command not in tree.calls, demo.stderr
+
+
+def test_without_weights_the_set_up_goes_on(tree):
+    failing = STAND_IN.format(tree=tree.folder).replace("esac", '*download-weights*) echo "no" >&2; exit 2 ;;\nesac')
+    tree.program("python3.11", failing)
+    ran = tree.run()
+    assert ran.returncode == 0 and "weights: not all of them are there" in ran.stdout, ran.stderr
+    assert ran.stdout.splitlines()[-1].startswith("init: next:")
 
 
 def test_changed_constraints_are_installed(tree):

@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     add("shapes", _add_shapes, "write the synthetic data set")
     add("demo", _add_demo, "make shapes, train on it, test, write the report")
     add("prepare", _add_prepare, "check a data set as its owners give it out and make it ready")
+    add("download-weights", _add_download_weights, "download weight files; without an argument, list them")
     return parser
 
 
@@ -189,6 +190,15 @@ def _add_prepare_cityscapes(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(action=_prepare_cityscapes)
 
 
+def _add_download_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "what", nargs="*", metavar="WHAT", help="imagenet, torchvision, coco or cityscapes; or the name of one file"
+    )
+    parser.add_argument("--out", type=Path, default=Path("model"), metavar="DIR", help="default: model")
+    parser.add_argument("--if-online", action="store_true", help="without a network, say so and leave it at that")
+    parser.set_defaults(action=_download_weights)
+
+
 # The commands are imported when one runs, so that neither `--help` nor a misspelt recipe waits for torch.
 
 
@@ -260,3 +270,9 @@ def _prepare_cityscapes(options: argparse.Namespace) -> None:
     from upsnet import commands
 
     commands.prepare_cityscapes(options.path)
+
+
+def _download_weights(options: argparse.Namespace) -> None:
+    from upsnet.checkpoints.download_weights import download_weights
+
+    download_weights(options.what, options.out, options.if_online)

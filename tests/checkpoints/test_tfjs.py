@@ -69,6 +69,10 @@ def _short(model, shards):
     shards["group1-shard0"] = shards["group1-shard0"][:-4]
 
 
+def _long(model, shards):
+    shards["group1-shard0"] += bytes(4)
+
+
 def _half(model, shards):
     model["weightsManifest"][0]["weights"][0]["dtype"] = "float16"
 
@@ -81,7 +85,7 @@ def _empty(model, shards):
     del model["weightsManifest"]
 
 
-@pytest.mark.parametrize("change", [_short, _half, _quantised, _empty])
+@pytest.mark.parametrize("change", [_short, _long, _half, _quantised, _empty])
 def test_another_form_is_refused(package, change):
     with pytest.raises(WeightsError, match="damaged or no TensorFlow"):
         read_package(write_package(package, keras_arrays(), change))

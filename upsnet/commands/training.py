@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from upsnet import builders
+from upsnet.checkpoints.download_weights import command_for
 from upsnet.commands.startup import say_how_many_workers, say_where
 from upsnet.config import Recipe, dump_recipe, paths
 from upsnet.dataset.coco_panoptic import CocoPanoptic
@@ -92,9 +93,11 @@ def _starting_point(
 
 def _check_pretrained(recipe: Recipe, path: Path) -> None:
     if not path.is_file():
+        command = command_for(path)
         depth = recipe.symbol.split("_")[1]
         raise WeightsError(
-            f"network.pretrained: there is no weight file {path}: put a ResNet-{depth} there, or train from scratch "
+            f"network.pretrained: there is no weight file {path}: "
+            f"{f'run {command}' if command else f'put a ResNet-{depth} there'}, or train from scratch "
             f"with network.pretrained=null network.backbone_fix_bn=false network.backbone_freeze_at=0"
         )
 
