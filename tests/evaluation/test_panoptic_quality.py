@@ -1,87 +1,81 @@
 import json
+import math
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.reference.panoptic_files import as_prediction, read_categories, read_truths
+from tests.reference.panoptic_pairs import CATEGORIES, prediction_of, random_pair, strange_pair, truth_of
 from tests.reference.panoptic_quality import slow_match, slow_summary
 from upsnet.evaluation.panoptic_quality import PanopticQuality, match_segments, quality_of
 from upsnet.structures.categories import Categories, Category
 from upsnet.structures.errors import DataError
-from upsnet.structures.results import Prediction, Segment, Truth, segments_of
-from upsnet.structures.sample import VOID
-
-CATEGORIES = Categories([Category(10 * i + 1, f"class {i}", i >= 2, (i, i, i)) for i in range(4)])
-
-
-def truth_of(ids, classes, crowds=()):
-    """A truth from a map, {id: class} and the ids of the crowds, in the order of `classes`."""
-    ids = np.atleast_2d(np.asarray(ids, dtype=np.int32))
-    area = {i: int((ids == i).sum()) for i in classes}
-    segments = [Segment(i, c, area[i], (0, 0, 0, 0), None, i in crowds) for i, c in classes.items()]
-    return Truth(1, "photo.jpg", ids, segments, np.full(ids.shape, VOID, np.int16))
-
-
-def prediction_of(ids, classes):
-    ids = np.atleast_2d(np.asarray(ids, dtype=np.int32))
-    return Prediction(1, "photo.jpg", ids, [Segment(i, c, 999, (0, 0, 0, 0)) for i, c in classes.items()])
+from upsnet.structures.results import Prediction, segments_of
 
 
 def ids_of(segments):
     return {segment.id for segment in segments}
 
 
-def outcome(prediction, truth):
-    matching = match_segments(prediction, truth, CATEGORIES)
+def outcome(prediction, truth, **options):
+    matching = match_segments(prediction, truth, CATEGORIES, **options)
     matched = {(m.truth.id, m.prediction.id): m.iou for m in matching.matched}
     named = (ids_of(matching.missed), ids_of(matching.invented), ids_of(matching.ignored))
     return {"tp": matched, **dict(zip(("fn", "fp", "ignored"), named, strict=True))}
 
 
-def random_map(draws, ids, shape):
-    """Rectangles on void; some ids may get no pixel and are left out."""
-    canvas = np.zeros(shape, dtype=np.int32)
-    for i in ids:
-        y, x = draws.integers(0, shape[0]), draws.integers(0, shape[1])
-        canvas[y : y + draws.integers(1, 9), x : x + draws.integers(1, 9)] = i
-    return canvas
-
-
-def random_pair(seed):
-    """A truth with crowds and void and a prediction that resembles it; ids use all 24 bits."""
-    draws = np.random.default_rng(seed)
-    shape = (int(draws.integers(1, 14)), int(draws.integers(1, 14)))
-    ids = draws.choice(2**24 - 1, size=draws.integers(0, 7), replace=False) + 1
-    truth_map = random_map(draws, ids.tolist(), shape)
-    prediction_map = np.roll(truth_map, draws.integers(0, 3), axis=int(draws.integers(0, 2)))
-    prediction_map[random_map(draws, [1], shape) == 1] = draws.choice([0, 5, *ids.tolist()])
-    present = [i for i in np.unique(truth_map).tolist() if i]
-    classes = {i: int(draws.integers(0, 4)) for i in draws.permutation(present).tolist()}
-    crowds = [i for i in present if classes[i] >= 2 and draws.random() < 0.4]
-    given = [i for i in np.unique(prediction_map).tolist() if i]
-    same = {i: classes[i] if i in classes and draws.random() < 0.8 else int(draws.integers(0, 4)) for i in given}
-    return prediction_of(prediction_map, same), truth_of(truth_map, classes, crowds)
-
-
-def test_equals_slow_twin():
-    pairs = [random_pair(seed) for seed in range(400)]
-    quality = PanopticQuality(CATEGORIES)
+def assert_equals_twin(pairs, official):
+    """Every photo alone, and the sums over all."""
+    quality = PanopticQuality(CATEGORIES, official)
     kinds = {"tp": 0, "fn": 0, "fp": 0, "ignored": 0}
     for prediction, truth in pairs:
-        fast, slow = outcome(prediction, truth), slow_match(prediction, truth)
+        fast, slow = outcome(prediction, truth, official=official), slow_match(prediction, truth, official)
         assert fast["tp"].keys() == slow["tp"].keys()
-        assert all(abs(iou - slow["tp"][pair]) < 1e-12 for pair, iou in fast["tp"].items())
+        assert all(iou == slow["tp"][pair] or abs(iou - slow["tp"][pair]) < 1e-12 for pair, iou in fast["tp"].items())
         assert all(fast[kind] == slow[kind] for kind in ("fn", "fp", "ignored"))
         quality.add(prediction, truth)
         kinds = {kind: count + len(fast[kind]) for kind, count in kinds.items()}
-    assert min(kinds.values()) > 50, "the random cases must exercise every outcome"
-    summary, slow_means = quality.summary(), slow_summary(pairs, 4)
+    assert min(kinds.values()) > 100, "the random cases must exercise every outcome"
+    return quality.summary(), slow_summary(pairs, len(CATEGORIES), official)
+
+
+def test_a_thousand_random_pairs_equal_the_slow_twin():
+    summary, slow = assert_equals_twin([random_pair(seed) for seed in range(1000)], official=False)
     for key in ("pq", "sq", "rq"):
-        assert summary["all"][key] == pytest.approx(100 * slow_means[key], abs=1e-10)
+        assert summary["all"][key] == pytest.approx(100 * slow[key], abs=1e-10)
     for semantic_id, row in enumerate(summary["per_class"]):
-        expected = slow_means["per_class"][semantic_id]
+        expected = slow["per_class"][semantic_id]
         assert [row[k] for k in ("tp", "fp", "fn")] == [expected[k] for k in ("tp", "fp", "fn")]
+        assert row["sq"] / 100 * row["tp"] == pytest.approx(expected["iou"], rel=1e-12)
+
+
+def test_a_thousand_contradictions_equal_the_slow_twin_or_are_refused():
+    """With `official` the numbers are those of a tool that notices none of them."""
+    pairs = [strange_pair(seed) for seed in range(1000)]
+    finite = [pair for pair in pairs if math.inf not in slow_match(*pair, official=True)["tp"].values()]
+    assert 0 < len(pairs) - len(finite) < 100
+    summary, slow = assert_equals_twin(finite, official=True)
+    for semantic_id, row in enumerate(summary["per_class"]):
+        expected = slow["per_class"][semantic_id]
+        assert [row[k] for k in ("tp", "fp", "fn")] == [expected[k] for k in ("tp", "fp", "fn")]
+        assert row["sq"] / 100 * row["tp"] == pytest.approx(expected["iou"], rel=1e-12)
+    for prediction, truth in pairs:
+        official = outcome(prediction, truth, official=True)["tp"]
+        assert official.keys() == slow_match(prediction, truth, official=True)["tp"].keys()
+    assert sum(is_refused(*pair) for pair in pairs) > 500
+
+
+def is_refused(prediction, truth):
+    ids = [segment.id for segment in truth.segments]
+    given = [segment.id for segment in prediction.segments]
+    fits = sorted(ids) == [i for i in np.unique(truth.segment_map).tolist() if i] and len(set(given)) == len(given)
+    if fits and 0 not in given:
+        outcome(prediction, truth)
+        return False
+    with pytest.raises(DataError):
+        outcome(prediction, truth)
+    return True
 
 
 def test_half_is_no_match_and_more_is():
@@ -103,17 +97,43 @@ def test_prediction_in_void_is_ignored_only_beyond_half():
     assert outcome(prediction_of([1, 1, 1, 0, 0, 0, 0, 0], {1: 1}), truth)["ignored"] == {1}
 
 
-def test_crowds():
-    truth = truth_of([5, 5, 5, 6, 6, 6, 9, 9], {5: 2, 6: 2, 9: 0}, crowds=(5, 6))
-    # The official tool excuses the last crowd of a class only.
-    assert outcome(prediction_of([0, 0, 0, 1, 1, 0, 2, 2], {1: 2, 2: 0}), truth)["ignored"] == {1}
-    assert outcome(prediction_of([1, 1, 0, 0, 0, 0, 2, 2], {1: 2, 2: 0}), truth)["fp"] == {1}
-    # A crowd excuses its own class only, cannot be matched and cannot be missed.
-    other = outcome(prediction_of([0, 0, 0, 1, 1, 1, 2, 2], {1: 3, 2: 0}), truth)
-    assert other["fp"] == {1} and other["fn"] == set()
-    # Void and crowd together excuse.
+def test_only_the_last_crowd_of_a_class_excuses():
+    truth = truth_of([5, 5, 5, 6, 6, 6], {5: 2, 6: 2}, crowds=(5, 6))
+    assert outcome(prediction_of([0, 0, 0, 1, 1, 0], {1: 2}), truth)["ignored"] == {1}
+    assert outcome(prediction_of([1, 1, 0, 0, 0, 0], {1: 2}), truth)["fp"] == {1}
+    # Last in the order of the records, whatever the ids.
+    truth = truth_of([5, 5, 5, 6, 6, 6], {6: 2, 5: 2}, crowds=(5, 6))
+    assert outcome(prediction_of([1, 1, 0, 0, 0, 0], {1: 2}), truth)["ignored"] == {1}
+
+
+def test_a_crowd_excuses_its_own_class_only():
+    truth = truth_of([5, 5, 5, 9], {5: 2, 9: 0}, crowds=(5,))
+    assert outcome(prediction_of([1, 1, 1, 2], {1: 3, 2: 0}), truth)["fp"] == {1}
+    assert outcome(prediction_of([1, 1, 1, 2], {1: 2, 2: 0}), truth)["ignored"] == {1}
+
+
+def test_a_crowd_is_neither_matched_nor_missed():
+    truth = truth_of([5, 5, 5], {5: 2}, crowds=(5,))
+    assert outcome(prediction_of([1, 1, 1], {1: 2}), truth) == {"tp": {}, "fn": set(), "fp": set(), "ignored": {1}}
+    assert outcome(prediction_of([0, 0, 0], {}), truth) == {"tp": {}, "fn": set(), "fp": set(), "ignored": set()}
+
+
+def test_prediction_in_a_crowd_is_ignored_only_beyond_half():
+    truth = truth_of([5, 5, 7, 7], {5: 2, 7: 0}, crowds=(5,))
+    assert outcome(prediction_of([1, 1, 1, 1], {1: 2}), truth)["fp"] == {1}
+    assert outcome(prediction_of([1, 1, 1, 0], {1: 2}), truth)["ignored"] == {1}
+
+
+def test_void_and_crowd_excuse_together():
     truth = truth_of([0, 5, 7, 7], {5: 2, 7: 0}, crowds=(5,))
     assert outcome(prediction_of([1, 1, 1, 0], {1: 2}), truth)["ignored"] == {1}
+    assert outcome(prediction_of([1, 0, 1, 0], {1: 2}), truth)["fp"] == {1}
+
+
+def test_a_crowd_stays_in_the_union():
+    """Only void leaves the union: 3 / (4 + 3 - 3) with the crowd's pixel in it."""
+    truth = truth_of([7, 7, 7, 5], {7: 2, 5: 2}, crowds=(5,))
+    assert outcome(prediction_of([1, 1, 1, 1], {1: 2}), truth)["tp"] == {(7, 1): 0.75}
 
 
 def test_nothing_predicted_and_nothing_true():
@@ -140,10 +160,82 @@ def test_absent_classes_and_kinds_are_left_out_of_the_means():
     assert summary["per_class"][2]["pq"] == 0.0 and summary["per_class"][1]["fn"] == 1
 
 
+def test_neither_stuff_nor_things_nor_anything():
+    quality = PanopticQuality(CATEGORIES)
+    nothing = {"pq": None, "sq": None, "rq": None, "n": 0}
+    assert [quality.summary()[group] for group in ("all", "things", "stuff")] == [nothing] * 3
+    quality.add(prediction_of([1, 1], {1: 3}), truth_of([7, 7], {7: 3}))
+    summary = quality.summary()
+    assert (
+        summary["stuff"] == nothing and summary["things"] == summary["all"] | {"n": 1} and summary["all"]["pq"] == 100
+    )
+
+
 def test_areas_are_counted_not_believed():
     truth = truth_of([7, 7, 7, 7], {7: 0})
     truth.segments[0].area = 2
     assert outcome(prediction_of([1, 1, 1, 0], {1: 0}), truth)["tp"] == {(7, 1): 0.75}
+
+
+# What the official tool does not notice, with the number that it gives.
+
+
+def test_official_believes_a_halved_area():
+    truth = truth_of([7, 7, 7, 7], {7: 0})
+    truth.segments[0].area = 2
+    # 4 / (4 + 2 - 4)
+    assert outcome(prediction_of([1, 1, 1, 1], {1: 0}), truth, official=True)["tp"] == {(7, 1): 2.0}
+    quality = PanopticQuality(CATEGORIES, official=True)
+    quality.add(prediction_of([1, 1, 1, 1], {1: 0}), truth)
+    assert quality.summary()["all"] == {"pq": 200.0, "sq": 200.0, "rq": 100.0, "n": 1}
+
+
+def test_official_divides_by_zero():
+    truth = truth_of([7, 7, 0, 0], {7: 0})
+    truth.segments[0].area = 0
+    # 2 / (4 + 0 - 2 - 2)
+    assert outcome(prediction_of([1, 1, 1, 1], {1: 0}), truth, official=True)["tp"] == {(7, 1): math.inf}
+
+
+def test_official_takes_an_unknown_true_id_neither_for_void_nor_for_a_segment():
+    truth = truth_of([7, 7, 7, 8], {7: 0})
+    # 3 / (4 + 3 - 3): with void it would be 1.
+    assert outcome(prediction_of([1, 1, 1, 1], {1: 0}), truth, official=True)["tp"] == {(7, 1): 0.75}
+    found = outcome(prediction_of([1, 1, 1, 2], {1: 0, 2: 0}), truth, official=True)
+    assert found == {"tp": {(7, 1): 1.0}, "fn": set(), "fp": {2}, "ignored": set()}
+
+
+def test_official_misses_a_true_segment_without_pixels():
+    truth = truth_of([7, 7], {7: 0, 8: 1, 9: 2}, crowds=(9,))
+    assert outcome(prediction_of([1, 1], {1: 0}), truth, official=True)["fn"] == {8}
+
+
+def test_official_lets_a_crowd_without_pixels_be_the_last():
+    truth = truth_of([5, 5, 7], {7: 0, 5: 2, 9: 2}, crowds=(5, 9))
+    assert outcome(prediction_of([1, 1, 2], {1: 2, 2: 0}), truth, official=True)["fp"] == {1}
+
+
+def test_official_keeps_the_last_of_a_doubled_id():
+    truth = truth_of([7, 7], {7: 0})
+    truth.segments += truth_of([7, 7], {7: 1}).segments
+    found = outcome(prediction_of([1, 1], {1: 1}), truth, official=True)
+    assert found == {"tp": {(7, 1): 1.0}, "fn": set(), "fp": set(), "ignored": set()}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "words"),
+    [
+        (prediction_of([1, 4], {1: 0}), "prediction segment 4: the map holds this id but no record"),
+        (prediction_of([1, 1], {1: 0, 3: 0}), "prediction segment 3: no pixel"),
+        (prediction_of([1, 1], {1: 44}), "prediction segment 1: the class table has 4"),
+    ],
+)
+def test_official_refuses_contradictions_of_the_prediction(prediction, words):
+    with pytest.raises(DataError, match=words):
+        match_segments(prediction, truth_of([7, 7], {7: 0}), CATEGORIES, official=True)
+
+
+# What ours refuses.
 
 
 @pytest.mark.parametrize(

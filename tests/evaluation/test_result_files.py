@@ -12,9 +12,9 @@ from tests.reference.panoptic_files import (
     store_results,
     with_instances,
 )
-from upsnet.evaluation.coco_files import evaluate_files
 from upsnet.evaluation.detection_files import detection_file
 from upsnet.evaluation.instance_ap import InstanceAP
+from upsnet.evaluation.panoptic_files import evaluate_files
 from upsnet.evaluation.panoptic_quality import PanopticQuality
 from upsnet.evaluation.result_files import ResultWriter, read_results, write_summary
 from upsnet.evaluation.semantic_iou import SemanticIoU

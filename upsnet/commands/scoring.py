@@ -3,12 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-from upsnet.evaluation.coco_files import evaluate_files
+from upsnet.evaluation.panoptic_files import evaluate_files
 from upsnet.evaluation.tables import summary_tables
 
 
-def evaluate(prediction_json: Path, truth_json: Path, out: Path | None = None) -> dict[str, Any]:
-    """Scores COCO panoptic files, prints the table and, with `out`, writes the summary."""
-    summary = evaluate_files(prediction_json, truth_json, out)
+def evaluate(
+    prediction_json: Path,
+    truth_json: Path,
+    out: Path | None = None,
+    official: bool = False,
+    boundary: bool = False,
+    workers: int | None = None,
+) -> dict[str, Any]:
+    """Scores COCO panoptic files, prints the tables and, with `out`, writes the summary; see `evaluate_files`."""
+    summary = evaluate_files(prediction_json, truth_json, out, official, boundary, workers)
     print(summary_tables(summary, per_class=True))
     return summary

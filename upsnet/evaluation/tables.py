@@ -8,7 +8,7 @@ def summary_tables(summary: dict[str, Any], per_class: bool = False) -> str:
     """Everything that a summary (the content of summary.json) holds, as text tables.
 
     Args:
-        summary: `panoptic`, `box`, `mask`, `cityscapes`, `semantic`, as far as they were scored.
+        summary: `panoptic`, `boundary`, `box`, `mask`, `cityscapes`, `semantic`, as far as they were scored.
         per_class: with panoptic quality class by class.
     """
     parts = []
@@ -16,6 +16,8 @@ def summary_tables(summary: dict[str, Any], per_class: bool = False) -> str:
         parts.append(panoptic_table(panoptic))
         if per_class:
             parts.append(per_class_table(panoptic))
+    if boundary := summary.get("boundary"):
+        parts.append(panoptic_table(boundary, "Boundary"))
     if "box" in summary or "mask" in summary:
         parts.append(ap_table(summary))
     if semantic := summary.get("semantic"):
@@ -23,13 +25,13 @@ def summary_tables(summary: dict[str, Any], per_class: bool = False) -> str:
     return "\n\n".join(parts)
 
 
-def panoptic_table(panoptic: dict[str, Any]) -> str:
+def panoptic_table(panoptic: dict[str, Any], title: str = "") -> str:
     """PQ, SQ and RQ of all classes, things and stuff; n: number of classes that occur."""
     rows = [
         [name.capitalize(), *(_number(panoptic[name][key]) for key in ("pq", "sq", "rq")), str(panoptic[name]["n"])]
         for name in ("all", "things", "stuff")
     ]
-    return text_table(["", "PQ", "SQ", "RQ", "n"], rows)
+    return text_table([title, "PQ", "SQ", "RQ", "n"], rows)
 
 
 def per_class_table(panoptic: dict[str, Any]) -> str:

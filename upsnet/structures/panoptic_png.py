@@ -3,6 +3,9 @@
 import numpy as np
 from numpy.typing import NDArray
 
+VOID_ID = 0
+"""Id of pixels without a segment, in truth and prediction alike."""
+
 MAX_SEGMENT_ID = 256**3 - 1
 
 
