@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     add("test", _add_testing, "test trained weights and score the results")
     add("predict", _add_predict, "segment photos")
     add("evaluate", _add_evaluate, "score COCO panoptic files; PNG folders lie beside the json files")
+    add("submission", _add_submission, "pack the results of a test for the evaluation server of COCO or Cityscapes")
     add("report", _add_report, "write a page with scores, curves and a gallery of a tested recipe")
     add("shapes", _add_shapes, "write the synthetic data set")
     add("demo", _add_demo, "make shapes, train on it, test, write the report")
@@ -142,6 +143,14 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gt", required=True, type=Path, metavar="JSON", help="ground truth")
     parser.add_argument("--out", type=Path, metavar="JSON", help="where to write the summary")
     parser.set_defaults(action=_evaluate)
+
+
+def _add_submission(parser: argparse.ArgumentParser) -> None:
+    _add_recipe(parser)
+    parser.add_argument(
+        "--name", metavar="NAME", help="of the method, for COCO's file names; default: the recipe's name"
+    )
+    parser.set_defaults(action=_submission)
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
@@ -239,6 +248,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     from upsnet import commands
 
     commands.evaluate(options.pred, options.gt, options.out)
+
+
+def _submission(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
+    from upsnet import commands
+
+    commands.submission(recipe, options.name)
 
 
 def _report(options: argparse.Namespace) -> None:

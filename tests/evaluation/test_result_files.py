@@ -171,9 +171,24 @@ def other_image(folder):
         del content["annotations"][2]
 
 
+def index(change):
+    def damage(folder):
+        with edited(folder / "index.json") as content:
+            change(content)
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
+        (index(lambda content: content["categories"][1].pop("name")), "index.json: is damaged"),
+        (index(lambda content: content.update(categories=3)), "index.json: is damaged"),
+        (index(lambda content: content["categories"].insert(0, 7)), "index.json: is damaged"),
+        (index(lambda content: content["images"][0].pop("png")), "index.json: is damaged"),
+        (index(lambda content: content["images"][0].update(id="3")), "index.json: is damaged"),
+        (index(lambda content: content.pop("parts")), "index.json: is damaged"),
+        (lambda folder: (folder / "index.json").write_text("[]"), "index.json: is damaged"),
         (unlink("index.json"), "no complete results"),
         (unlink("panoptic.json"), "cannot read .*panoptic.json"),
         (unlink("panoptic/*.png"), r"image \d+: .*panoptic.*No such file"),

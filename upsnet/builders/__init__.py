@@ -11,6 +11,7 @@ from upsnet.builders.data import (
 )
 from upsnet.builders.evaluation import build_evaluators
 from upsnet.builders.network import build_network, choose_device, device_name
+from upsnet.builders.submission import no_submission, write_submission
 from upsnet.builders.training import ROI_LOSS_SHARE, accumulation, build_optimizer_of, engine_options, loss_weights
 from upsnet.builders.weights import load_trained, start_from_pretrained
 
@@ -30,7 +31,9 @@ __all__ = [
     "engine_options",
     "load_trained",
     "loss_weights",
+    "no_submission",
     "start_from_pretrained",
     "test_views",
     "training_transform",
+    "write_submission",
 ]

@@ -5,6 +5,7 @@ from upsnet.commands.predicting import predict
 from upsnet.commands.preparing import prepare_cityscapes, prepare_coco
 from upsnet.commands.reporting import report
 from upsnet.commands.scoring import evaluate
+from upsnet.commands.submitting import submission
 from upsnet.commands.testing import test
 from upsnet.commands.training import train
 
@@ -19,6 +20,7 @@ __all__ = [
     "prepare_coco",
     "report",
     "shapes",
+    "submission",
     "test",
     "train",
 ]

@@ -35,6 +35,8 @@ def report(recipe: Recipe, folder: Path | None = None) -> Path:
     results = paths.results_folder(recipe)
     folder = folder or results.parent / "report"
     dataset = builders.build_test_set(recipe)
+    if not dataset.has_truth:
+        raise DataError(f"{recipe.dataset.test_image_set} has no labels: a report is of a test on images with labels")
     analysis = ErrorAnalysis(dataset.categories)
     position = {image_id: i for i, image_id in enumerate(dataset.image_ids.tolist())}
     qualities: dict[int, float] = {}

@@ -10,12 +10,14 @@ from typing import Any
 from upsnet import builders
 from upsnet.checkpoints.files import read_weights
 from upsnet.commands.startup import say_where
+from upsnet.commands.submitting import pack
 from upsnet.config import Recipe, paths
 from upsnet.dataset.coco_panoptic import CocoPanoptic
 from upsnet.engine.inference_loop import predict_batches, run_test
 from upsnet.engine.log import logging_to
 from upsnet.evaluation.result_files import ResultWriter, read_results, write_summary
 from upsnet.evaluation.tables import summary_tables
+from upsnet.structures.errors import DataError
 from upsnet.structures.pictures import write_png
 from upsnet.structures.results import Prediction
 from upsnet.visualize import draw_panoptic
@@ -26,12 +28,15 @@ logger = logging.getLogger("upsnet")
 def test(recipe: Recipe, weights: Path | None = None, eval_only: bool = False) -> dict[str, Any]:
     """Tests weights on the recipe's test images: stores the results, scores them, prints the tables.
 
+    Results of images without labels are packed for the evaluation server instead of scored.
+
     Args:
         weights: default: the recipe's own last snapshot.
         eval_only: score what an earlier test stored; no weights are read.
 
     Returns:
-        The content of `results/summary.json`; empty with `test.vis_mask`, which draws pictures and scores nothing.
+        The content of `results/summary.json`; empty with `test.vis_mask`, which draws pictures and scores nothing, and
+        without labels.
 
     Raises:
         UserError: the recipe, the data, the weights, the stored results or the place to write to is at fault.
@@ -39,12 +44,25 @@ def test(recipe: Recipe, weights: Path | None = None, eval_only: bool = False) -
     folder = paths.results_folder(recipe)
     with logging_to(paths.log_file(recipe, paths.testing_folder(recipe), datetime.now())):
         dataset = builders.build_test_set(recipe)
+        if eval_only and not dataset.has_truth and not recipe.test.vis_mask:
+            raise DataError(
+                f"{recipe.dataset.test_image_set} has no labels to score stored results with: "
+                f"pack them for the evaluation server by `upsnet submission`"
+            )
         if eval_only:
             predictions: Iterable[Prediction] = read_results(folder, dataset.categories)
         else:
             predictions = _fresh_predictions(recipe, dataset, weights or paths.default_weights(recipe))
         if recipe.test.vis_mask:
             run_test(predictions, dataset.image_ids.tolist(), writer=_PictureWriter(folder / "vis", dataset))
+            return {}
+        if not dataset.has_truth:
+            _store(predictions, dataset, folder)
+            logger.info("%s has no labels: nothing is scored; results: %s", recipe.dataset.test_image_set, folder)
+            if reason := builders.no_submission(recipe):
+                logger.info("not packed for the evaluation server: %s", reason)
+            else:
+                pack(recipe, dataset, recipe.name)
             return {}
         summary = _score(predictions, dataset, folder, recipe, store=not eval_only)
         path = write_summary(folder, summary)
@@ -70,6 +88,11 @@ def _say_views(recipe: Recipe) -> None:
     if count > 1:
         scales, mirrored = ", ".join(map(str, recipe.test.scales)), ", also mirrored" if recipe.test.flip else ""
         logger.info("each image is seen in %d views: short sides %s%s", count, scales, mirrored)
+
+
+def _store(predictions: Iterable[Prediction], dataset: CocoPanoptic, folder: Path) -> None:
+    with ResultWriter(folder, dataset.categories) as writer:
+        run_test(predictions, dataset.image_ids.tolist(), writer=writer)
 
 
 def _score(

@@ -40,6 +40,29 @@ def predict_batches(
         yield from predictions
 
 
+def one_for_each(image_ids: Collection[int], predictions: Iterable[Prediction], task: str) -> Iterator[Prediction]:
+    """Passes predictions on, in any order, with a bar of their progress.
+
+    Args:
+        image_ids: the images of the data set.
+        task: what the bar is called.
+
+    Raises:
+        DataError: an image has no prediction or two, or a prediction is of no image of the data set. A score over
+            other images than those asked for would be a wrong number.
+    """
+    wanted = set(image_ids)
+    for prediction in tqdm(predictions, total=len(wanted), desc=task, unit="image", dynamic_ncols=True):
+        if prediction.image_id not in wanted:
+            known = prediction.image_id in image_ids
+            problem = "has two predictions" if known else "is not in the data set"
+            raise DataError(f"image {prediction.image_id} ({prediction.file_name}) {problem}: run the test again")
+        wanted.remove(prediction.image_id)
+        yield prediction
+    if wanted:
+        raise DataError(f"{len(wanted)} images have no prediction, the first is {min(wanted)}: run the test again")
+
+
 def run_test(
     predictions: Iterable[Prediction],
     image_ids: Collection[int],
@@ -56,21 +79,12 @@ def run_test(
         evaluators: their summaries can be asked for when the writer has closed its files.
 
     Raises:
-        DataError: an image has no prediction or two, or a prediction is of no image of the data set. A score over
-            other images than those asked for would be a wrong number.
+        DataError: see `one_for_each`.
     """
-    wanted = set(image_ids)
-    for prediction in tqdm(predictions, total=len(wanted), desc="test", unit="image", dynamic_ncols=True):
-        if prediction.image_id not in wanted:
-            known = prediction.image_id in image_ids
-            problem = "has two predictions" if known else "is not in the data set"
-            raise DataError(f"image {prediction.image_id} ({prediction.file_name}) {problem}: run the test again")
-        wanted.remove(prediction.image_id)
+    for prediction in one_for_each(image_ids, predictions, "test"):
         if writer is not None:
             writer.add(prediction)
         if evaluators and truth_of is not None:
             truth = truth_of(prediction.image_id)
             for evaluator in evaluators:
                 evaluator.add(prediction, truth)
-    if wanted:
-        raise DataError(f"{len(wanted)} images have no prediction, the first is {min(wanted)}: run the test again")

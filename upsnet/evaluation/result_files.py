@@ -182,7 +182,11 @@ def _read_index(folder: Path, categories: Categories) -> dict[str, Any]:
     if not path.is_file():
         raise PlaceError(f"{folder}: holds no complete results (no index.json): {RETRY}")
     index = read_json(path)
-    if not isinstance(index, dict) or not {"parts", "images", "categories"} <= index.keys():
+    if not (
+        _has(index, {"parts": list, "images": list, "categories": list})
+        and all(_has(image, {"id": int, "file_name": str, "png": str}) for image in index["images"])
+        and all(_has(category, {"id": int, "name": str, "isthing": int}) for category in index["categories"])
+    ):
         raise DataError(f"{path}: is damaged: {RETRY}")
     stored = [(c["id"], c["name"], c["isthing"]) for c in index["categories"]]
     for position, (found, wanted) in enumerate(zip(stored, categories, strict=False)):
@@ -197,6 +201,10 @@ def _read_index(folder: Path, categories: Categories) -> dict[str, Any]:
             f"the results were made with"
         )
     return index
+
+
+def _has(record: Any, types: dict[str, type]) -> bool:
+    return isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in types.items())
 
 
 def _read_panoptic_records(folder: Path) -> dict[int, dict[str, Any]]:
