@@ -142,6 +142,13 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pred", required=True, type=Path, metavar="JSON", help="predictions")
     parser.add_argument("--gt", required=True, type=Path, metavar="JSON", help="ground truth")
     parser.add_argument("--out", type=Path, metavar="JSON", help="where to write the summary")
+    parser.add_argument("--boundary", action="store_true", help="boundary panoptic quality as well")
+    parser.add_argument(
+        "--official",
+        action="store_true",
+        help="where the ground truth contradicts itself, give the official tool's number instead of refusing",
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes; default: one for every core")
     parser.set_defaults(action=_evaluate)
 
 
@@ -247,7 +254,7 @@ def _predict(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from upsnet import commands
 
-    commands.evaluate(options.pred, options.gt, options.out)
+    commands.evaluate(options.pred, options.gt, options.out, options.official, options.boundary, options.workers)
 
 
 def _submission(options: argparse.Namespace) -> None:
