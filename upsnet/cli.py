@@ -212,6 +212,7 @@ def _add_download_weights(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("model"), metavar="DIR", help="default: model")
     parser.add_argument("--if-online", action="store_true", help="without a network, say so and leave it at that")
+    parser.epilog = "UPSNET_WEIGHTS_URL: a folder on the web that has the files under their names, asked first."
     parser.set_defaults(action=_download_weights)
 
 

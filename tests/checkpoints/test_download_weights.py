@@ -126,7 +126,7 @@ def script(*arguments, folder=ROOT, **variables):
 def test_the_script_explains_itself_and_lists():
     environment = str(Path(sys.executable).parent.parent)
     helped = script("--help", VIRTUAL_ENV=environment)
-    assert helped.returncode == 0 and "imagenet" in helped.stdout and "--out DIR" in helped.stdout
+    assert helped.returncode == 0 and "imagenet" in helped.stdout and "UPSNET_WEIGHTS_URL" in helped.stdout
     unknown = script("nonsense", VIRTUAL_ENV=environment)
     assert unknown.returncode == 2 and "'nonsense' is no group" in unknown.stderr
 
