@@ -3,17 +3,34 @@
 from pathlib import Path
 
 from upsnet.dataset import cityscapes_preparation
+from upsnet.dataset.coco_check import SetReport, check_coco
+from upsnet.engine.log import logging_to
 from upsnet.structures.errors import DataError
 
 
 def prepare_coco(folder: Path, deep: bool = False) -> None:
-    """Checks a COCO tree; nothing in it is changed.
+    """Checks a COCO tree and reports on each image set; nothing in it is changed. See `check_coco`.
 
     Raises:
-        DataError: it cannot be used as it is.
+        DataError: something is missing or wrong.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: there is no such folder: put COCO there or give its path")
+    with logging_to(None):
+        reports = check_coco(folder, deep)
+    for report in reports:
+        print(f"{report.name}: {_state(report)}")
+        for fault in report.faults:
+            print(f"  FAULT: {fault}")
+        for note in report.notes:
+            print(f"  note: {note}")
+    if faulty := [report.name for report in reports if report.faults]:
+        raise DataError(f"{folder}: {' and '.join(faulty)} cannot be used as they are: see the faults above")
+    print(f"ready: train and test with dataset.dataset_path={folder}")
+
+
+def _state(report: SetReport) -> str:
+    if report.photos is None:
+        return "not readable" if report.faults else "not checked"
+    return f"{report.photos} photos, {'not ready' if report.faults else 'ready'}"
 
 
 def prepare_cityscapes(folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 
 from upsnet.structures.errors import DataError
 from upsnet.structures.panoptic_png import rgb_to_id
@@ -78,6 +79,26 @@ def read_grey_png(path: Path) -> NDArray[Any]:
     if color != _GREY or depth not in (8, 16):
         raise DataError(f"{path}: is not a grey-scale PNG of 8 or 16 bits, which a map of semantic ids must be")
     return _decode(path, data, cv2.IMREAD_UNCHANGED)
+
+
+def photo_size(path: Path) -> tuple[int, int]:
+    """Height and width of a photo as stored, from its header; of most files only the two ends are read.
+
+    Raises:
+        DataError: the file is missing, cut off or no picture.
+    """
+    try:
+        with open(path, "rb") as file, Image.open(file) as picture:
+            width, height = picture.size
+            file.seek(max(file.seek(0, os.SEEK_END) - 1024, 0))
+            tail = file.read()
+    except (UnidentifiedImageError, Image.DecompressionBombError):
+        raise DataError(f"{path}: is damaged or not a picture: copy or download it again") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}): check the path") from None
+    if bytes((0xFF, _END_OF_JPEG)) not in tail and _END_OF_PNG not in tail:
+        _read_complete(path)  # what follows the end may be long; then the end is looked for from the beginning
+    return height, width
 
 
 def png_size(path: Path) -> tuple[int, int]:
