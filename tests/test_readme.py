@@ -60,7 +60,7 @@ def test_without_pretrained_weights_the_message_says_what_to_do(recipe_text, tmp
         write_miniature(tmp_path / named["dataset_path"], image_set)
     monkeypatch.chdir(tmp_path)
     ran = upsnet("train", "--cfg", recipe, "dataset.num_workers=0")
-    assert ran.code == 2 and "put a ResNet-50 there, or train from scratch" in ran.errors[0]
+    assert ran.code == 2 and "run ./download_weights.sh imagenet, or train from scratch" in ran.errors[0]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
