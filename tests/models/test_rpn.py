@@ -60,12 +60,13 @@ def test_shapes_and_other_anchors():
 def test_losses():
     output = rpn_of()(levels_of())
     truth = [torch.tensor([[3.0, 4, 40, 50], [60, 10, 61, 11]]), torch.zeros(0, 4)]
+    crowds = [torch.tensor([[50.0, 10, 95, 60]]), torch.zeros(0, 4)]
     sizes, options = [(64, 96), (50, 70)], AnchorSampling(batch_size=64)
-    class_loss, box_loss = rpn_losses(output, truth, sizes, options, [SeededDraws(1), SeededDraws(2)])
+    class_loss, box_loss = rpn_losses(output, truth, crowds, sizes, options, [SeededDraws(1), SeededDraws(2)])
     expected = [0.0, 0.0]
     for image, draws in enumerate((SeededDraws(1), SeededDraws(2))):
         anchors = torch.cat(output.anchors)
-        labels, targets = match_anchors(anchors, truth[image], sizes[image], options, draws)
+        labels, targets = match_anchors(anchors, truth[image], crowds[image], sizes[image], options, draws)
         logits, deltas = (torch.cat(parts) for parts in output.of_image(image))
         sampled = [i for i, label in enumerate(labels.tolist()) if label >= 0]
         for i in sampled:
@@ -79,9 +80,8 @@ def test_losses():
 
 def test_without_any_anchor_inside():
     output = rpn_of()(levels_of())
-    class_loss, box_loss = rpn_losses(
-        output, [torch.tensor([[0.0, 0, 5, 5]])] * 2, [(6, 6)] * 2, AnchorSampling(), [SeededDraws(1)] * 2
-    )
+    boxes = [torch.tensor([[0.0, 0, 5, 5]])] * 2
+    class_loss, box_loss = rpn_losses(output, boxes, boxes, [(6, 6)] * 2, AnchorSampling(), [SeededDraws(1)] * 2)
     (class_loss + box_loss).backward()
     assert class_loss == 0 and box_loss == 0
 

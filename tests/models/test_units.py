@@ -109,8 +109,9 @@ def anchor_labels(units: dict[str, Any]) -> tuple[list[torch.Tensor], list[torch
     labels, targets = match_anchors(
         torch.cat(anchors),
         given["gt"],
+        torch.zeros(0, 4),
         (int(given["im_h"]), int(given["im_w"])),
-        AnchorSampling(),
+        AnchorSampling(as_original=True),
         NumpyDraws(int(given["numpy_seed"])),
     )
     counts = [len(level) for level in anchors]
@@ -141,8 +142,9 @@ def test_rpn_loss(units: dict[str, Any]) -> None:
     class_loss, box_loss = rpn_losses(
         output,
         [targets["gt"]],
+        [torch.zeros(0, 4)],
         [(int(targets["im_h"]), int(targets["im_w"]))],
-        AnchorSampling(),
+        AnchorSampling(as_original=True),
         [NumpyDraws(int(targets["numpy_seed"]))],
     )
     close(class_loss, out["cls"], rtol=1e-5, atol=0)
@@ -237,7 +239,7 @@ def sampled_rois(units: dict[str, Any]) -> tuple[SampledRoIs, dict[str, Any], di
         given["gt_boxes"],
         given["gt_classes"].long(),
         given["is_crowd"],
-        RoISampling(),
+        RoISampling(as_original=True),
         NumpyDraws(int(given["numpy_seed"])),
     )
     return sampled, given, out

@@ -210,8 +210,8 @@ class NetworkDraws(NumpyDraws):
 def seed_anchors(file, monkeypatch):
     """The original draws anchors in its data loader, from a generator of the same seed; ours must be the same."""
 
-    def seeded(anchors, truth, size, options, draws):
-        labels, targets = match_anchors(anchors, truth, size, options, NumpyDraws(int(file["in::flipped"])))
+    def seeded(anchors, truth, crowds, size, options, draws):
+        labels, targets = match_anchors(anchors, truth, crowds, size, options, NumpyDraws(int(file["in::flipped"])))
         expected, offsets = [], []
         height, width = file["mid::rpn_cls_score"].shape[2:]
         for i, stride in enumerate((4, 8, 16, 32, 64)):

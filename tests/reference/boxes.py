@@ -54,8 +54,22 @@ def clip_one(box, size):
     return [min(max(v, 0), top - 1) for v, top in ((x1, width), (y1, height), (x2, width), (y2, height))]
 
 
-def match_anchors(anchors, truth, size, options, draws):
-    """The rules of facts 7.3, anchor by anchor: {anchor: 0 or 1} and {anchor: index of its box}."""
+def coverage(box, region):
+    """Share of a box inside a region."""
+    width = float(min(box[2], region[2]) - max(box[0], region[0])) + 1
+    height = float(min(box[3], region[3]) - max(box[1], region[1])) + 1
+    if width <= 0 or height <= 0:
+        return np.float32(0)
+    area = (float(box[2] - box[0]) + 1) * (float(box[3] - box[1]) + 1)
+    return np.float32(width) * np.float32(height) / np.float32(area)
+
+
+def in_a_crowd(box, crowds, limit):
+    return any(coverage(box, crowd) > np.float32(limit) for crowd in crowds.numpy())
+
+
+def match_anchors(anchors, truth, crowds, size, options, draws):
+    """The rules of facts 7.3 or, mended, ours, anchor by anchor: {anchor: 0 or 1} and {anchor: index of its box}."""
     height, width = size
     inside = []
     for i, (x1, y1, x2, y2) in enumerate(anchors.tolist()):
@@ -71,7 +85,7 @@ def match_anchors(anchors, truth, size, options, draws):
     for g in range(len(truth)):
         most = max((overlaps[i][g] for i in inside), default=None)
         for i in inside:
-            if overlaps[i][g] == most:
+            if overlaps[i][g] == most and (options.as_original or most > 0):
                 labels[i] = 1
     nearest = {i: overlaps[i].index(best[i]) for i in inside if len(truth)}
 
@@ -82,24 +96,42 @@ def match_anchors(anchors, truth, size, options, draws):
         for position in draws.choose(torch.tensor(positives), excess).tolist():
             del labels[inside[position]]
     wanted = options.batch_size - len(labels)
-    negatives = [position for position, i in enumerate(inside) if best[i] < np.float32(options.negative_overlap)]
+    negatives = []
+    for position, i in enumerate(inside):
+        taken = position in positives or in_a_crowd(anchors[i].numpy(), crowds, options.crowd_overlap)
+        if best[i] < np.float32(options.negative_overlap) and (options.as_original or not taken):
+            negatives.append(position)
     if len(negatives) > wanted:
-        for position in draws.choose(torch.tensor(negatives), wanted).tolist():
-            labels[inside[position]] = 0
+        negatives = draws.choose(torch.tensor(negatives), wanted).tolist()
+    elif options.as_original:
+        negatives = []
+    for position in negatives:
+        labels[inside[position]] = 0
     return labels, nearest
 
 
 def sample_rois(proposals, truth, classes, is_crowd, options, draws):
-    """The rules of facts 8.1: a list of (box, label, index of its truth or None)."""
-    boxes = [*truth.numpy(), *proposals.numpy()]
-    foreground, background, owner = [], [], {}
-    for i, box in enumerate(boxes):
-        if i < len(truth):
-            overlap, owner[i] = (-1.0 if is_crowd[i] else 1.0), i
-        else:
-            overlaps = [iou(box, g) for g in truth.numpy()]
-            overlap = max(overlaps, default=np.float32(0))
-            owner[i] = overlaps.index(overlap) if overlaps else None
+    """The rules of facts 8.1 or, mended, ours: a list of (box, label, index of its truth or None)."""
+    crowds = truth[is_crowd]
+    boxes, foreground, background, owner = [], [], [], {}
+    for g, box in enumerate(truth.numpy()):
+        if is_crowd[g] and not options.as_original:
+            continue
+        owner[len(boxes)] = g
+        if not is_crowd[g]:
+            foreground.append(len(boxes))
+        boxes.append(box)
+    for box in proposals.numpy():
+        i = len(boxes)
+        boxes.append(box)
+        overlap, owner[i] = np.float32(0), None
+        for g in range(len(truth)):
+            if options.as_original or not is_crowd[g]:
+                here = iou(box, truth[g].numpy())
+                if owner[i] is None or here > overlap:
+                    overlap, owner[i] = here, g
+        if not options.as_original and in_a_crowd(box, crowds, options.crowd_overlap):
+            continue
         if overlap >= options.foreground_overlap:
             foreground.append(i)
         if options.background_low <= overlap < options.background_high:

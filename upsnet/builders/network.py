@@ -103,6 +103,7 @@ def _proposals(options: TrainOptions | TestOptions) -> ProposalOptions:
 
 def _sampling(recipe: Recipe) -> SamplingOptions:
     train = recipe.train
+    as_original = train.compat == "original"
     return SamplingOptions(
         anchors=AnchorSampling(
             train.rpn_batch_size,
@@ -110,6 +111,8 @@ def _sampling(recipe: Recipe) -> SamplingOptions:
             train.rpn_positive_overlap,
             train.rpn_negative_overlap,
             train.rpn_straddle_thresh,
+            as_original,
+            train.crowd_filter_thresh,
         ),
         proposals=_proposals(train),
         rois=RoISampling(
@@ -119,6 +122,8 @@ def _sampling(recipe: Recipe) -> SamplingOptions:
             train.bg_thresh_hi,
             train.bg_thresh_lo,
             recipe.network.bbox_reg_weights,
+            as_original,
+            train.crowd_filter_thresh,
         ),
         keep_fraction=train.panoptic_box_keep_fraction,
         with_roi_loss=train.fcn_with_roi_loss,

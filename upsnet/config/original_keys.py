@@ -11,7 +11,6 @@ NO_EFFECT = {
     "train.bbox_normalization_precomputed": "normalisation of box targets",
     "train.bbox_means": "means of box targets",
     "train.bbox_stds": "deviations of box targets",
-    "train.crowd_filter_thresh": "filter of external proposals",
     "train.rpn_clobber_positive": "negatives win over positives",
     "train.rpn_bbox_weights": "weights of the RPN's box targets",
     "train.rpn_positive_weight": "weight of positive anchors",

@@ -218,8 +218,8 @@ class TrainOptions(_Options):
     precision: Precision = Field("fp32", description="arithmetic of the network in training")
     compat: Literal["original"] | None = Field(
         None,
-        description="original: photos without things are left out of training; null: they take part. Sampling follows "
-        "the original either way",
+        description="original: the original's oddities in training, which its published results have in them: photos "
+        "without things are left out, crowds can be foreground, background anchors can be missing; null: mended",
     )
     use_horovod: bool = Field(False, description="for a launch by horovodrun; a plain launch is one worker")
     scales: Scales = Field((800,), description="short sides of the image in pixels, one is drawn each time")
@@ -249,6 +249,11 @@ class TrainOptions(_Options):
     fg_thresh: Fraction = Field(0.5, description="a region is foreground from this IoU on")
     bg_thresh_hi: Fraction = Field(0.5, description="a region is background below this IoU")
     bg_thresh_lo: Fraction = Field(0, description="and from this IoU on")
+    crowd_filter_thresh: Fraction = Field(
+        0.7,
+        description="a proposal with a greater share of its area inside a crowd is not sampled, and such an anchor is "
+        "no background; without effect where `compat` is original",
+    )
     panoptic_box_keep_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
         0.7, description="share of instances shown to the panoptic head; below 1 the rest teaches the unknown class"
     )

@@ -25,19 +25,31 @@ def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
     + 1 and the areas float64; the areas of `others`, the sides of the intersection, the union and all that follows are
     rounded to float32.
     """
+    intersection = _intersections(boxes, others)
+    union = _areas(boxes)[:, None] + _areas(others).float().double() - intersection.double()
+    return intersection / union.float()
+
+
+def box_coverage(boxes: Tensor, regions: Tensor) -> Tensor:
+    """Share of each box that lies in each region: N×4, M×4 → N×M float32, 0..1 (pycocotools' overlap with a crowd)."""
+    return _intersections(boxes, regions) / _areas(boxes).float()[:, None]
+
+
+def _areas(boxes: Tensor) -> Tensor:
+    """float64."""
     width, height = ((boxes[:, i + 2] - boxes[:, i]).double() + 1 for i in (0, 1))
-    other_width, other_height = ((others[:, i + 2] - others[:, i]).double() + 1 for i in (0, 1))
-    overlap_width, overlap_height = (
+    return width * height
+
+
+def _intersections(boxes: Tensor, others: Tensor) -> Tensor:
+    width, height = (
         (
             torch.minimum(boxes[:, None, i + 2], others[:, i + 2]) - torch.maximum(boxes[:, None, i], others[:, i])
         ).double()
         + 1
         for i in (0, 1)
     )
-    intersection = overlap_width.clamp(min=0).float() * overlap_height.clamp(min=0).float()
-    other_area = (other_width * other_height).float().double()
-    union = (width * height)[:, None] + other_area - intersection.double()
-    return intersection / union.float()
+    return width.clamp(min=0).float() * height.clamp(min=0).float()
 
 
 def encode(boxes: Tensor, targets: Tensor, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:

@@ -118,6 +118,7 @@ def propose(
 def rpn_losses(
     output: RPNOutput,
     truth: Sequence[Tensor],
+    crowds: Sequence[Tensor],
     sizes: Sequence[tuple[int, int]],
     options: AnchorSampling,
     draws: Sequence[Draws],
@@ -128,13 +129,14 @@ def rpn_losses(
     `options.batch_size`. Box: smooth L1 summed over positives and divided by the number of sampled anchors.
 
     Args:
-        truth: for each image G×4 boxes that are not crowds, at network scale.
+        truth: for each image G×4 boxes that are not crowds; crowds: K×4 boxes that are. At network scale.
         sizes: for each image height and width without padding.
     """
     anchors = torch.cat(output.anchors)
     class_losses, box_losses = [], []
-    for image, (boxes, size, image_draws) in enumerate(zip(truth, sizes, draws, strict=True)):
-        labels, targets = match_anchors(anchors, boxes, size, options, image_draws)
+    for image, given in enumerate(zip(truth, crowds, sizes, draws, strict=True)):
+        boxes, crowd_boxes, size, image_draws = given
+        labels, targets = match_anchors(anchors, boxes, crowd_boxes, size, options, image_draws)
         logits, deltas = (torch.cat(parts) for parts in output.of_image(image))
         sampled, positive = labels != IGNORED, labels == 1
         class_loss = F.binary_cross_entropy_with_logits(logits[sampled], labels[sampled].float(), reduction="sum")

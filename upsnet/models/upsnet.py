@@ -118,11 +118,12 @@ class UPSNet(nn.Module):
         options = self.sampling
         things = [instances.without_crowd() for instances in batch.instances]
         boxes = [t.boxes * scale for t, scale in zip(things, batch.scales, strict=True)]
+        crowds = [i.boxes[i.is_crowd] * scale for i, scale in zip(batch.instances, batch.scales, strict=True)]
         losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
 
         losses["rpn_cls_loss"], losses["rpn_bbox_loss"] = rpn_losses(
-            features.rpn, boxes, batch.sizes, options.anchors, batch.draws
+            features.rpn, boxes, crowds, batch.sizes, options.anchors, batch.draws
         )
         sampled = self._sample(features, batch)
         rois = _join([s.boxes * scale for s, scale in zip(sampled, batch.scales, strict=True)])
@@ -158,7 +159,7 @@ class UPSNet(nn.Module):
         counts = [s.num_foreground if len(t) else 0 for s, t in zip(sampled, things, strict=True)]
         size = 2 * self.mask_head.pooled_size
         targets = [
-            mask_targets(s.boxes[:count], t.masks, size) if count else s.boxes.new_zeros(0, size, size)
+            mask_targets(s.boxes[:count], t.masks, size, s.owners) if count else s.boxes.new_zeros(0, size, size)
             for s, t, count in zip(sampled, things, counts, strict=True)
         ]
         rois = _join([s.boxes[:n] * scale for s, n, scale in zip(sampled, counts, scales, strict=True)])
