@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,13 +18,13 @@ from upsnet.config import load_recipe, paths
 from upsnet.dataset.cityscapes_preparation import prepare_cityscapes
 from upsnet.evaluation.cityscapes import CityscapesAP
 from upsnet.evaluation.cityscapes_submission import write_cityscapes_submission
-from upsnet.evaluation.result_files import read_results
 from upsnet.evaluation.tables import ap_table
 from upsnet.structures.errors import DataError
 from upsnet.structures.results import Detections
 from upsnet.structures.sample import VOID
 
 HEIGHT, WIDTH = 128, 256
+TEST_SET = "dataset.test_image_set=test"
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +113,9 @@ def test_scores_are_those_of_the_official_scripts(folder, recipe, tmp_path):
     ran = upsnet("test", "--cfg", folder / "tiny.yaml", "--eval_only")
     assert ran.code == 0, ran.err
     summary = json.loads((paths.results_folder(recipe) / "summary.json").read_text())
-    stored = read_results(paths.results_folder(recipe), dataset.categories)
-    write_cityscapes_submission(stored, dataset.categories, "val", tmp_path)
-    official = official_scores(folder / "data", tmp_path, tmp_path / "official")
+    assert upsnet("submission", "--cfg", folder / "tiny.yaml").code == 0
+    archives = paths.results_folder(recipe) / "submission"
+    official = official_scores(folder / "data", archives, tmp_path / "official")
     assert official["instance"]
     compare(summary, official)
     scores = (summary["panoptic"]["all"]["pq"], summary["cityscapes"]["ap"], summary["semantic"]["miou_present"])
@@ -130,10 +131,16 @@ def test_the_whole_road(folder, tmp_path):
     assert ran.code == 0, ran.err
     recipe = load_recipe(str(folder / "tiny.yaml"), [f"output_path={tmp_path}/out"])
     summary = json.loads((paths.results_folder(recipe) / "summary.json").read_text())
-    categories = builders.build_test_set(recipe).categories
-    stored = read_results(paths.results_folder(recipe), categories)
-    write_cityscapes_submission(stored, categories, "val", tmp_path)
-    compare(summary, official_scores(folder / "data", tmp_path, tmp_path / "official"))
+    assert upsnet("submission", "--cfg", folder / "tiny.yaml", f"output_path={tmp_path}/out").code == 0
+    archives = paths.results_folder(recipe) / "submission"
+    compare(summary, official_scores(folder / "data", archives, tmp_path / "official"))
+
+    without_labels = upsnet("test", "--cfg", folder / "tiny.yaml", f"output_path={tmp_path}/out", TEST_SET)
+    assert without_labels.code == 0, without_labels.err
+    archives = [line.removeprefix("submission: ") for line in without_labels.out.splitlines()]
+    assert [Path(path).name for path in archives] == ["pixel.zip", "instance.zip", "panoptic.zip"]
+    with zipfile.ZipFile(archives[0]) as archive:
+        assert archive.namelist() == ["berlin_000000_000019.png"]
 
 
 def test_archives_for_the_server(recipe, tmp_path):
@@ -173,8 +180,10 @@ def test_no_archive_is_left_half_written(recipe, tmp_path):
         yield perturbed(dataset.truth(0), dataset.categories, np.random.default_rng(0))
         raise DataError("stored results are damaged")
 
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="damaged"):
         write_cityscapes_submission(broken(), dataset.categories, "val", tmp_path)
+    with pytest.raises(DataError, match="image 1000001: a submission needs panoptic map, semantic map and instances"):
+        write_cityscapes_submission([as_prediction(dataset.truth(0))], dataset.categories, "val", tmp_path)
     assert not list(tmp_path.iterdir())
 
 

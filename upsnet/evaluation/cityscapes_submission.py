@@ -18,6 +18,7 @@ from pycocotools import mask as coco_mask
 
 from upsnet.evaluation.coco_files import panoptic_record
 from upsnet.structures.categories import Categories
+from upsnet.structures.errors import DataError
 from upsnet.structures.panoptic_png import id_to_rgb
 from upsnet.structures.pictures import encode_png
 from upsnet.structures.places import replacing
@@ -38,6 +39,7 @@ def write_cityscapes_submission(
         out: folder of the archives.
 
     Raises:
+        DataError: a prediction lacks a part.
         PlaceError: the folder cannot be written or the disk is full.
     """
     targets = [out / f"{task}.zip" for task in TASKS]
@@ -52,8 +54,11 @@ def write_cityscapes_submission(
             for target in targets
         )
         for prediction in predictions:
-            assert prediction.semantic_map is not None and prediction.instances is not None
-            assert prediction.segment_map is not None
+            if prediction.semantic_map is None or prediction.instances is None or prediction.segment_map is None:
+                raise DataError(
+                    f"image {prediction.image_id}: a submission needs panoptic map, semantic map and instances, "
+                    f"and one is missing: run the test again"
+                )
             stem = Path(prediction.file_name).stem.removesuffix("_leftImg8bit")
             pixel.writestr(f"{stem}.png", encode_png(label_ids[prediction.semantic_map]))
             _write_instances(instance, stem, prediction.instances, categories)
