@@ -282,7 +282,10 @@ DAMAGES = [
     (first_record(lambda r: r.pop("image_id")), "annotation number 0 has no 'image_id'"),
     (double_image, f"image {FIRST} has two annotations"),
     (no_annotations, "has no"),
-    (lambda path: path.write_text("[]"), "is a list, not an object"),
+    (first_record(lambda r: r.update(category_id=3) or r.pop("segments_info")), "holds instances .*, not panoptic"),
+    (lambda path: path.write_text('{"categories": [], "annotations": [3]}'), "annotation number 0 is no object"),
+    (lambda path: path.write_text("[]"), "is a list, as detections are, not an object: give a COCO panoptic file"),
+    (lambda path: path.write_text("3"), "is a int, not an object"),
     (lambda path: path.write_text('{"annot'), "is not valid json"),
     (lambda path: path.unlink(), "there is no such file: check the path"),
     (lambda path: shutil.rmtree(path.with_suffix("")), "there is no such folder: the PNGs of"),
@@ -297,6 +300,29 @@ def test_refusals(files, side, damage, words):
     with pytest.raises(UserError, match=words) as caught:
         evaluate_files(prediction, truth)
     assert "\n" not in str(caught.value)
+
+
+def test_other_json_files_are_named_for_what_they_are(files, tmp_path):
+    """Detections and instances, as prediction and as truth; before anything is said about folders."""
+    folder = write_miniature(tmp_path / "more", instances=True) / "annotations"
+    detections = tmp_path / "bbox_results.json"
+    detections.write_text('[{"image_id": 3, "category_id": 3, "bbox": [0, 0, 1, 1], "score": 1}]')
+    for other, words in ((detections, "is a list, as detections are"), (folder / "instances_train.json", "holds inst")):
+        for pair in ((other, files[1]), (files[0], other)):
+            with pytest.raises(DataError, match=rf"{other.name}: {words}.*: give a COCO panoptic file"):
+                evaluate_files(*pair)
+
+
+def test_pngs_may_lie_beside_the_json(files):
+    """Where `PanopticResult.save` puts the one of a photo."""
+    prediction, truth = files
+    for png in prediction.with_suffix("").iterdir():
+        png.rename(prediction.parent / png.name)
+    prediction.with_suffix("").rmdir()
+    assert evaluate_files(prediction, truth)["panoptic"]["all"]["pq"] == 100.0
+    (prediction.parent / png.name).unlink()
+    with pytest.raises(UserError, match=r"No such file|there is no such folder"):
+        evaluate_files(prediction, truth)
 
 
 def test_image_without_prediction(files):

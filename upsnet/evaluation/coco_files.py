@@ -22,6 +22,13 @@ def records_by_image(content: dict[str, Any], source: Path) -> dict[int, dict[st
         raise DataError(f"{source}: has no list 'annotations': this is not a COCO panoptic file")
     records: dict[int, dict[str, Any]] = {}
     for position, record in enumerate(content["annotations"]):
+        if not isinstance(record, dict):
+            raise DataError(f"{source}: annotation number {position} is no object: this is not a COCO panoptic file")
+        if "segments_info" not in record and "category_id" in record:
+            raise DataError(
+                f"{source}: holds instances (annotations with 'category_id'), not panoptic segments ('segments_info'): "
+                f"give a COCO panoptic file"
+            )
         for key in ("image_id", "file_name", "segments_info"):
             if key not in record:
                 name = f"of image {record['image_id']}" if "image_id" in record else f"number {position}"
@@ -30,6 +37,15 @@ def records_by_image(content: dict[str, Any], source: Path) -> dict[int, dict[st
             raise DataError(f"{source}: image {record['image_id']} has two annotations: keep one")
         records[record["image_id"]] = record
     return records
+
+
+def png_folder(source: Path) -> Path:
+    """Where the PNGs of the COCO panoptic file `source` lie: in the folder of its name, else beside it.
+
+    Beside it is where `PanopticResult.save` puts the one PNG of a photo.
+    """
+    folder = source.with_suffix("")
+    return folder if folder.is_dir() else source.parent
 
 
 def read_panoptic(
@@ -58,7 +74,7 @@ def read_panoptic(
         box = (x, y, width, height)
         is_crowd = bool(info.get("iscrowd", 0))
         segments.append(Segment(info["id"], semantic_id, info.get("area", 0), box, info.get("score"), is_crowd))
-    path = source.with_suffix("") / record["file_name"]
+    path = png_folder(source) / record["file_name"]
     try:
         return read_segment_map(path), segments
     except DataError as error:

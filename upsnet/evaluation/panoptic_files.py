@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from upsnet.evaluation.coco_files import read_panoptic, records_by_image
+from upsnet.evaluation.coco_files import png_folder, read_panoptic, records_by_image
 from upsnet.evaluation.json_files import read_json, write_json
 from upsnet.evaluation.panoptic_quality import Matching, PanopticQuality, match_segments
 from upsnet.evaluation.workers import default_workers, map_in_order
@@ -31,7 +31,7 @@ def evaluate_files(
     boundary: bool = False,
     workers: int | None = 1,
 ) -> dict[str, Any]:
-    """Scores a COCO panoptic file against another; each has its PNGs in the folder of its name without `.json`.
+    """Scores a COCO panoptic file against another; the PNGs of each lie where `png_folder` says.
 
     The maps of a few photos lie in memory at a time. The result does not depend on the number of processes.
 
@@ -52,12 +52,14 @@ def evaluate_files(
         DataError: a file is damaged, a photo has no prediction, or PNG and record contradict each other.
     """
     truth_file, prediction_file = _content(gt_json), _content(pred_json)
+    wanted = records_by_image(truth_file, gt_json)
+    given = records_by_image(prediction_file, pred_json)
     if "categories" not in truth_file:
         raise DataError(f"{gt_json}: has no 'categories': give a COCO panoptic file as truth")
     categories = Categories.from_coco(truth_file["categories"], str(gt_json))
-    wanted = records_by_image(truth_file, gt_json)
-    given = records_by_image(prediction_file, pred_json)
     _check_images(wanted, given, gt_json, pred_json)
+    for path, records in ((gt_json, wanted), (pred_json, given)):
+        _check_pngs(path, next(iter(records.values())))
 
     qualities = {"panoptic": PanopticQuality(categories)}
     if boundary:
@@ -131,12 +133,18 @@ def _check_images(wanted: dict[int, Record], given: dict[int, Record], gt_json: 
         logger.warning("%s: %d images are not in %s and are not scored", pred_json, surplus, gt_json.name)
 
 
+def _check_pngs(path: Path, record: Record) -> None:
+    """Refuses a file whose PNGs are nowhere; that single ones are missing is noticed when they are read."""
+    folder = path.with_suffix("")
+    if not folder.is_dir() and not (png_folder(path) / record["file_name"]).is_file():
+        raise PlaceError(f"{folder}: there is no such folder: the PNGs of {path.name} must lie there or beside it")
+
+
 def _content(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise PlaceError(f"{path}: there is no such file: check the path")
-    if not path.with_suffix("").is_dir():
-        raise PlaceError(f"{path.with_suffix('')}: there is no such folder: the PNGs of {path.name} must lie there")
     content = read_json(path)
     if not isinstance(content, dict):
-        raise DataError(f"{path}: is a {type(content).__name__}, not an object: this is not a COCO panoptic file")
+        kind = "list, as detections are" if isinstance(content, list) else type(content).__name__
+        raise DataError(f"{path}: is a {kind}, not an object: give a COCO panoptic file")
     return content
