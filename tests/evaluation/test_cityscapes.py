@@ -132,6 +132,8 @@ def test_the_whole_road(folder, tmp_path):
     recipe = load_recipe(str(folder / "tiny.yaml"), [f"output_path={tmp_path}/out"])
     summary = json.loads((paths.results_folder(recipe) / "summary.json").read_text())
     assert upsnet("submission", "--cfg", folder / "tiny.yaml", f"output_path={tmp_path}/out").code == 0
+    assert upsnet("report", "--cfg", folder / "tiny.yaml", f"output_path={tmp_path}/out").code == 0
+    assert "Mask AP (Cityscapes)" in next(tmp_path.rglob("report.html")).read_text()
     archives = paths.results_folder(recipe) / "submission"
     compare(summary, official_scores(folder / "data", archives, tmp_path / "official"))
 

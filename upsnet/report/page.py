@@ -104,6 +104,7 @@ def _headline(summary: Mapping[str, Any]) -> str:
         ("PQ stuff", ("panoptic", "stuff", "pq")),
         ("Box AP", ("box", "ap")),
         ("Mask AP", ("mask", "ap")),
+        ("Mask AP (Cityscapes)", ("cityscapes", "ap")),
         ("mIoU", ("semantic", "miou")),
     )
     cards = []
