@@ -203,7 +203,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, caplog):
     (tmp_path / "file").touch()
     with caplog.at_level(logging.INFO, "upsnet"):
         check_equal(read_by_cache(tmp_path, IndexCache(tmp_path / "file/kept", 0)), read(tmp_path))
-    assert "the index is not kept" in caplog.text
+    assert "UPSNET_INDEX=DIR keeps indexes elsewhere" in caplog.text
 
 
 def test_a_full_disk_is_no_error(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from upsnet.dataset.image_sets import ImageSet, UnlabelledImageSet
+from upsnet.dataset.index_cache import index_folder
 from upsnet.structures.errors import DataError
 from upsnet.structures.pictures import read_grey_png
 
@@ -131,4 +132,5 @@ def _image_set(split: Split) -> ImageSet | UnlabelledImageSet:
         )
     if not split.has_labels:
         return UnlabelledImageSet(split.info_json, split.photo_dir)
-    return ImageSet(split.panoptic_json, split.png_dir, split.photo_dir, split.instances_json)
+    kept = index_folder(split.root)
+    return ImageSet(split.panoptic_json, split.png_dir, split.photo_dir, split.instances_json, kept)

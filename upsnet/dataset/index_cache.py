@@ -138,7 +138,7 @@ class _Entry:
             _write(self._data, *(chunk.data for chunk in chunks))
             _write(self._head, json.dumps(head).encode())
         except OSError as error:
-            logger.info("%s: the index is not kept (%s): every start reads the json", self._data, error.strerror)
+            logger.info("%s: cannot be kept (%s): UPSNET_INDEX=DIR keeps indexes elsewhere", self._data, error.strerror)
             return
         logger.info("%s: index of %.0f MB, for faster starts; it may be deleted at any time", self._data, end / 1e6)
 
