@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("upsnet_end2end_train.py", "upsnet_end2end_test.py")
 DATA_SETS = ("prepare coco", "prepare cityscapes")
 COMMANDS = (
-    *("train", "test", "predict", "evaluate", "report", "download-weights", "shapes", "demo", "prepare"),
+    *("train", "test", "predict", "evaluate", "report", "weights", "download-weights", "shapes", "demo", "prepare"),
     *DATA_SETS,
 )
 

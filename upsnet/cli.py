@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     add("evaluate", _add_evaluate, "score COCO panoptic files; PNG folders lie beside the json files")
     add("submission", _add_submission, "pack the results of a test for the evaluation server of COCO or Cityscapes")
     add("report", _add_report, "write a page with scores, curves and a gallery of a tested recipe")
+    add("weights", _add_weights, "say what a weight file is and which recipes it fits, or write it in another form")
     add("shapes", _add_shapes, "write the synthetic data set")
     add("demo", _add_demo, "make shapes, train on it, test, write the report")
     add("prepare", _add_prepare, "check a data set as its owners give it out and make it ready")
@@ -164,6 +165,18 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     _add_recipe(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: `report` beside the results")
     parser.set_defaults(action=_report)
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="weights of any kind: UPSNet's or a ResNet's")
+    parser.add_argument(
+        "--to",
+        choices=("original", "safetensors"),
+        help="write an UPSNet's weights: original: a state_dict under the names of the released files; safetensors: "
+        "our names, with class table and recipe",
+    )
+    parser.add_argument("--out", type=Path, metavar="PATH", help="where to write; default: beside FILE")
+    parser.set_defaults(action=_weights)
 
 
 def _add_shapes(parser: argparse.ArgumentParser) -> None:
@@ -270,6 +283,12 @@ def _report(options: argparse.Namespace) -> None:
     from upsnet import commands
 
     commands.report(recipe, options.out)
+
+
+def _weights(options: argparse.Namespace) -> None:
+    from upsnet import commands
+
+    commands.weights(options.file, options.to, options.out)
 
 
 def _shapes(options: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from upsnet.builders.evaluation import build_evaluators
 from upsnet.builders.network import build_network, choose_device, device_name
 from upsnet.builders.submission import no_submission, write_submission
 from upsnet.builders.training import ROI_LOSS_SHARE, accumulation, build_optimizer_of, engine_options, loss_weights
-from upsnet.builders.weights import load_trained, start_from_pretrained
+from upsnet.builders.weights import fit, load_trained, start_from_pretrained
 
 __all__ = [
     "ROI_LOSS_SHARE",
@@ -29,6 +29,7 @@ __all__ = [
     "choose_device",
     "device_name",
     "engine_options",
+    "fit",
     "load_trained",
     "loss_weights",
     "no_submission",

@@ -3,17 +3,20 @@
 import logging
 from itertools import zip_longest
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
+import torch
 from torch import nn
 
+from upsnet.builders.network import build_network
 from upsnet.checkpoints.conventions import WORDS, known_convention
 from upsnet.checkpoints.files import Kind, WeightFile, read_weights
-from upsnet.checkpoints.loading import LoadReport, load_into, load_pretrained
+from upsnet.checkpoints.loading import LoadReport, backbone_differences, compare, load_into, load_pretrained
 from upsnet.checkpoints.manifest import Convention
 from upsnet.config import Recipe
 from upsnet.models.upsnet import UPSNet
-from upsnet.structures.categories import Categories
+from upsnet.structures.categories import Categories, Category
+from upsnet.structures.class_tables import class_table
 from upsnet.structures.errors import RecipeError, WeightsError
 
 logger = logging.getLogger("upsnet")
@@ -55,6 +58,27 @@ def load_trained(network: nn.Module, file: WeightFile, categories: Categories) -
                 f"use the data set that it was trained on"
             )
     load_into(network, file.state, str(file.path))
+
+
+def fit(recipe: Recipe, file: WeightFile) -> Literal["--weight_path", "network.pretrained"] | None:
+    """What a file can be to a recipe, by names, shapes and classes; nothing is loaded.
+
+    Weights that fit as --weight_path do as network.pretrained, too. A ResNet's convention is not looked at.
+    """
+    categories = class_table(recipe.dataset.dataset) or file.categories or _unnamed_classes(file.class_counts or (2, 2))
+    with torch.device("meta"):
+        own = build_network(recipe, categories).state_dict()
+    report = compare(own, file.state)
+    if file.kind is Kind.UNKNOWN or backbone_differences(report):
+        return None
+    has_these = file.categories is None or file.categories.same_classes(categories)
+    return "network.pretrained" if report.differences() or not has_these else "--weight_path"
+
+
+def _unnamed_classes(counts: tuple[int, int]) -> Categories:
+    """A class table of these counts, C and S."""
+    num_things, num_all = max(counts[0] - 1, 1), counts[1]
+    return Categories(Category(i, str(i), i < num_things, (0, 0, 0)) for i in range(num_all))
 
 
 def _check_convention(recipe: Recipe, file: WeightFile) -> None:

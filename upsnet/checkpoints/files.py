@@ -143,9 +143,10 @@ def load_safely(path: Path) -> Any:
     if not _is_zip(start) and not (start.startswith(b"\x80") and _LEGACY_MAGIC in start):
         raise WeightsError(f"{path} is not a weight file: it begins with {start[:20]!r}; download or copy it again")
     try:
-        with torch.serialization.safe_globals(_SCALARS), warnings.catch_warnings():
+        # An open file, since torch goes by the suffix of a path.
+        with open(path, "rb") as file, torch.serialization.safe_globals(_SCALARS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise _not_readable(path, error) from error
     except _DAMAGE as error:

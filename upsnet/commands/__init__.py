@@ -1,6 +1,7 @@
 """One function a command: recipe → builders → engine → files. The only room that knows all others."""
 
 from upsnet.commands.demo import DEMO_RECIPE, DEMO_TRAIN, DEMO_VAL, demo, shapes
+from upsnet.commands.inspecting import weights
 from upsnet.commands.predicting import predict
 from upsnet.commands.preparing import prepare_cityscapes, prepare_coco
 from upsnet.commands.reporting import report
@@ -23,4 +24,5 @@ __all__ = [
     "submission",
     "test",
     "train",
+    "weights",
 ]

@@ -1,6 +1,6 @@
 """The typed schema of a recipe, the reading of recipes, and the places where a run puts its files."""
 
-from upsnet.config.load import dump_recipe, load_recipe
+from upsnet.config.load import dump_recipe, load_recipe, shipped_recipes
 from upsnet.config.schema import DatasetOptions, NetworkOptions, Recipe, TestOptions, TrainOptions
 
 __all__ = [
@@ -11,4 +11,5 @@ __all__ = [
     "TrainOptions",
     "dump_recipe",
     "load_recipe",
+    "shipped_recipes",
 ]

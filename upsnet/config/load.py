@@ -41,6 +41,11 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any]
     return _build(layers, str(path), name=path.name.partition(".")[0])
 
 
+def shipped_recipes() -> list[str]:
+    """The names of the recipes that come with the package."""
+    return [path.stem for path in sorted(EXPERIMENTS.glob("[!_]*.yaml"))]
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """Yaml with every key, from which `load_recipe` makes an equal recipe."""
     return write_yaml(recipe.model_dump(mode="json"))
@@ -54,7 +59,7 @@ def _find(name: str, folder: Path) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    shipped = ", ".join(path.stem for path in sorted(EXPERIMENTS.glob("[!_]*.yaml")))
+    shipped = ", ".join(shipped_recipes())
     raise RecipeError(f"recipe {candidates[0]} is not there: give the path of a yaml file or one of {shipped}")
 
 
