@@ -20,14 +20,14 @@ SIZE = (64, 128)
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("cityscapes")
+    root = tmp_path_factory.mktemp("images") / "train" / "val [1]"  # folders that text replacement stumbles over
     write_miniature_cityscapes(root, size=SIZE, train=3, val=2, test=2, train_extra=1, demoVideo=1)
     prepare_cityscapes(root)
     return root
 
 
 def recipe_with(root, *overrides):
-    return load_recipe("upsnet_resnet50_cityscapes_16gpu", [f"dataset.dataset_path={root}", *overrides])
+    return load_recipe("upsnet_resnet50_cityscapes_16gpu", [f"dataset.dataset_path='{root}'", *overrides])
 
 
 def pixels(path):
@@ -99,3 +99,5 @@ def test_a_tree_that_was_not_prepared(tmp_path):
         with pytest.raises(DataError, match=r"annotations.*\./init_cityscapes\.sh") as caught:
             builders.build_test_set(recipe_with(tmp_path, f"dataset.test_image_set={name}"))
         assert str(tmp_path) in str(caught.value)
+    with pytest.raises(DataError, match=r"leftImg8bit.nothing: there is no such folder: check"):
+        builders.build_test_set(recipe_with(tmp_path, "dataset.test_image_set=nothing"))

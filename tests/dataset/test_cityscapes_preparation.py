@@ -21,7 +21,7 @@ from tests.tiny import upsnet
 from upsnet.dataset import cityscapes_preparation
 from upsnet.dataset.cityscapes import Split
 from upsnet.dataset.cityscapes_preparation import prepare_cityscapes
-from upsnet.structures.errors import DataError
+from upsnet.structures.errors import DataError, PlaceError
 
 SIZE = (64, 128)
 
@@ -120,9 +120,8 @@ def test_instances_are_those_of_the_id_image(prepared):
 
 def test_what_is_whole_is_not_written_again(prepared):
     times = {path: path.stat().st_mtime_ns for path in contents(prepared)}
-    info = {Split(prepared, name).info_json for name in ("test", "demoVideo")}
     prepare_cityscapes(prepared)
-    assert {path for path in contents(prepared) if path.stat().st_mtime_ns != times[path]} <= info
+    assert {path: path.stat().st_mtime_ns for path in contents(prepared)} == times
 
 
 def test_half_files_are_made_again(tree):
@@ -234,12 +233,20 @@ def test_damaged_and_contradicting_files(tree):
 def test_ids_and_sizes_that_do_not_fit(tree):
     split = Split(tree, "val")
     ids, polygons = (split.label(split.photos()[0], what) for what in ("instanceIds.png", "polygons.json"))
-    Image.fromarray(np.full(SIZE, 35000, np.uint16)).save(ids)
-    assert f"{ids}: holds the id 35000" in fails(tree)
+    for unknown in (35000, 50):
+        Image.fromarray(np.full(SIZE, unknown, np.uint16)).save(ids)
+        assert f"{ids}: holds the id {unknown}" in fails(tree)
     derive(polygons)
     with edited(polygons) as content:
         content["imgWidth"] = 130
     assert f"{polygons}: has another image size" in fails(tree)
+
+
+def test_a_tree_that_cannot_be_written(tree):
+    Split(tree, "val").png_dir.write_text("a file where the folder should be")
+    with pytest.raises(PlaceError, match=r"cannot write .*_gtFine_panoptic\.png"):
+        prepare_cityscapes(tree)
+    assert not (tree / "annotations").exists()
 
 
 def test_the_command(tree):

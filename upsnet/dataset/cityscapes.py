@@ -105,7 +105,7 @@ def cityscapes_image_sets(dataset_path: Path, image_set: str) -> list[ImageSet |
     """The splits that `image_set` names, joined by `+`, of a prepared tree.
 
     Raises:
-        DataError: the tree was not prepared.
+        DataError: there is no such split, or it was not prepared.
     """
     return [_image_set(Split(Path(dataset_path), name)) for name in image_set.split("+")]
 
@@ -125,6 +125,11 @@ def instance_id_reader(dataset_path: Path, image_set: str) -> Callable[[str], ND
 
 
 def _image_set(split: Split) -> ImageSet | UnlabelledImageSet:
+    if not split.photo_dir.is_dir():
+        raise DataError(
+            f"{split.photo_dir}: there is no such folder: check dataset.dataset_path and the image set; "
+            f"./init_cityscapes.sh --help says what Cityscapes consists of"
+        )
     prepared = split.panoptic_json if split.has_labels else split.info_json
     if not prepared.exists():
         raise DataError(

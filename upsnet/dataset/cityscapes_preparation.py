@@ -57,11 +57,11 @@ def prepare_cityscapes(root: Path, workers: int | None = None) -> dict[str, int]
     counts = {}
     for split in check_tree(root):
         photos = split.photos()
-        sizes = [png_size(split.photo_dir / photo) for photo in _progress(photos, photos, split, "photos")]
+        sizes = [png_size(split.photo_dir / photo) for photo in _progress(photos, len(photos), split, "photos")]
         if not split.has_labels:
             _write_json(split.info_json, {"images": _image_records(split, photos, sizes), "categories": _categories()})
         elif not _is_ready(split, photos):
-            _convert_split(split, photos, sizes, workers or len(os.sched_getaffinity(0)))
+            _convert_split(split, photos, sizes, workers or os.cpu_count() or 1)
         counts[split.name] = len(photos)
     return counts
 
@@ -102,26 +102,25 @@ def _convert_split(split: Split, photos: list[str], sizes: list[tuple[int, int]]
 def _convert_all(split: Split, photos: list[str], workers: int) -> Iterator[_Converted]:
     convert = partial(_convert, split)
     if len(photos) <= _FEW or workers == 1:
-        yield from _progress(map(convert, photos), photos, split, "labels")
+        yield from _progress(map(convert, photos), len(photos), split, "labels")
         return
     # Fresh processes instead of forks: this one may already run threads.
     with get_context("spawn").Pool(min(workers, len(photos))) as pool:
-        yield from _progress(pool.imap(convert, photos, chunksize=4), photos, split, "labels")
+        yield from _progress(pool.imap(convert, photos, chunksize=4), len(photos), split, "labels")
 
 
 def _convert(split: Split, photo: str) -> _Converted:
     ids = _instance_ids(split, photo)
     _write_train_ids(split, photo, ids.shape)
     # The official converter takes whole folders: each photo gets one of its own, so that none has to wait for all.
-    with TemporaryDirectory() as name:
+    with replacing(split.panoptic_png(photo)) as part, TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "set" / "city").mkdir(parents=True)
         shutil.copy(split.label(photo, "instanceIds.png"), folder / "set" / "city")
         with redirect_stdout(StringIO()):
             convert2panoptic(name, name, False, ["set"])
         official = json.loads((folder / "cityscapes_panoptic_set.json").read_text(encoding="utf-8"))
-        with replacing(split.panoptic_png(photo)) as part:
-            shutil.copyfile(folder / "cityscapes_panoptic_set" / official["annotations"][0]["file_name"], part)
+        shutil.copyfile(folder / "cityscapes_panoptic_set" / official["annotations"][0]["file_name"], part)
     return _Converted(official, _instances(ids))
 
 
@@ -129,9 +128,14 @@ def _instance_ids(split: Split, photo: str) -> NDArray[Any]:
     path = split.label(photo, "instanceIds.png")
     ids = read_grey_png(path)
     for value in np.unique(ids).tolist():
-        if value not in id2label and value // 1000 not in id2label:
+        if _label_id(value) not in id2label:
             raise DataError(f"{path}: holds the id {value}, which Cityscapes does not know: unpack gtFine again")
     return ids
+
+
+def _label_id(value: int) -> int:
+    """The label of a value of an instance-id image."""
+    return value if value < 1000 else value // 1000
 
 
 def _instances(ids: NDArray[Any]) -> list[dict[str, Any]]:
@@ -141,7 +145,7 @@ def _instances(ids: NDArray[Any]) -> list[dict[str, Any]]:
     """
     records = []
     for value in np.unique(ids).tolist():
-        label = id2label[value if value < 1000 else value // 1000]
+        label = id2label[_label_id(value)]
         if label.hasInstances and not label.ignoreInEval:
             rle = coco_mask.encode(np.asfortranarray(ids == value, dtype=np.uint8))
             records.append(
@@ -212,12 +216,14 @@ def _categories() -> list[dict[str, Any]]:
     return table.to_coco()
 
 
-def _progress(steps: Iterable[Step], photos: list[str], split: Split, what: str) -> Iterable[Step]:
-    return tqdm(steps, f"{split.name}: {what}", len(photos), unit="image", leave=False)
+def _progress(steps: Iterable[Step], count: int, split: Split, what: str) -> Iterable[Step]:
+    return tqdm(steps, f"{split.name}: {what}", count, unit="image", leave=False)
 
 
 def _write_json(path: Path, content: Any, official: bool = False) -> None:
-    """official: laid out as the official tool does."""
-    text = json.dumps(content, sort_keys=True, indent=4) if official else json.dumps(content)
+    """Leaves a file alone that holds just this. official: laid out as the official tool does."""
+    data = (json.dumps(content, sort_keys=True, indent=4) if official else json.dumps(content)).encode()
+    if path.is_file() and path.read_bytes() == data:
+        return
     with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(data)
