@@ -75,7 +75,10 @@ def plain_scores(truth, records, kind):
 
 @pytest.mark.parametrize("kind", DETECTION_KINDS)
 def test_class_by_class_equals_all_at_once(tool, kind, tmp_path):
-    """To the last bit, with crowds, ties, more detections than count and classes without truth or detections."""
+    """With crowds, ties, more detections than count, and classes without truth or detections.
+
+    pycocotools gives the same to the last bit; faster-coco-eval divides a little differently.
+    """
     rng = np.random.default_rng(5)
     size = 60
     images = [{"id": int(i), "height": size, "width": size} for i in rng.permutation(40)]
@@ -98,7 +101,8 @@ def test_class_by_class_equals_all_at_once(tool, kind, tmp_path):
     scores = coco_scores(images, truths, categories, path, kind)
     expected = plain_scores({"images": images, "annotations": truths, "categories": categories}, records, kind)
     assert 0 < scores["ap"] < 100
-    assert scores == {name: None if value < 0 else 100.0 * value for name, value in expected.items()}
+    expected = {name: None if value < 0 else 100.0 * value for name, value in expected.items()}
+    assert scores == (expected if tool == "pycocotools" else pytest.approx(expected, abs=1e-12))
 
 
 def random_box(rng, size, image_id, category_id, near=None):
