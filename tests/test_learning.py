@@ -33,6 +33,7 @@ def test_the_coco_recipe_trains_on_real_photos_from_real_weights(tmp_path: Path,
         [
             f"dataset.dataset_path={shared('data/coco_mini')}",
             f"network.pretrained={weights}",
+            "network.pretrained_convention=caffe",
             f"output_path={tmp_path}",
             "dataset.limit=4",
             "dataset.num_workers=0",

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from upsnet.checkpoints.files import read_weights
+from upsnet.checkpoints.files import Kind, read_weights
 from upsnet.structures.errors import WeightsError
 
 STATE = {"a.weight": torch.arange(300.0), "a.bias": torch.ones(3, dtype=torch.float64), "count": torch.tensor(7)}
@@ -42,6 +42,42 @@ def test_safetensors(tmp_path):
     safetensors.torch.save_file(STATE, tmp_path / "w.safetensors")
     read = read_weights(tmp_path / "w.safetensors")
     assert torch.equal(read.state["a.weight"], STATE["a.weight"])
+
+
+def test_the_container_shows_in_the_content_not_in_the_name(tmp_path):
+    safetensors.torch.save_file(STATE, tmp_path / "w.pth")
+    read = read_weights(tmp_path / "w.pth")
+    assert read.format == "safetensors" and read.state.keys() == STATE.keys()
+    for options, container in (({}, "torch"), (LEGACY, "torch before 1.6")):
+        assert read_weights(write(tmp_path / "w.bin", torch_bytes(STATE, **options))).format == container
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("landmark, kind", [
+    ("resnet_backbone.conv1.conv1.weight", Kind.RELEASED), ("backbone.stem.conv.weight", Kind.OURS),
+    ("layer1.0.conv1.weight", Kind.RESNET), ("encoder.weight", Kind.UNKNOWN),
+])  # fmt: skip
+def test_the_names_tell_the_kind(tmp_path, wrapper, prefix, landmark, kind):
+    state = {f"{prefix}{landmark}": torch.ones(2)}
+    for content in (state, {wrapper: state, "epoch": 3, "optimizer": {"lr": 0.1}}):
+        read = read_weights(write(tmp_path / "w.pth", torch_bytes(content)))
+        assert read.kind is kind and len(read.state) == 1 and read.categories is None and read.recipe is None
+
+
+def test_what_our_files_keep_beside_the_weights(tmp_path):
+    categories = [{"id": 4, "name": "cat", "isthing": 1}]
+    record = {"weights": STATE, "categories": categories, "recipe": "seed: 2", "format_version": 1}
+    read = read_weights(write(tmp_path / "w.pth", torch_bytes(record)))
+    assert [c.name for c in read.categories] == ["cat"] and read.recipe == "seed: 2" and read.iteration is None
+    assert read_weights(write(tmp_path / "w.pth", torch_bytes({**record, "iteration": 5}))).iteration == 5
+
+
+@pytest.mark.parametrize("record, message", [("{", "is no json"), ('{"format_version": 99}', "format version 99")])
+def test_records_of_safetensors(tmp_path, record, message):
+    safetensors.torch.save_file(STATE, tmp_path / "w.safetensors", {"upsnet": record})
+    with pytest.raises(WeightsError, match=message):
+        read_weights(tmp_path / "w.safetensors")
 
 
 def test_half_precision_module_prefix_and_things_that_are_no_tensors(tmp_path):

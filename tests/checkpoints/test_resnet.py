@@ -1,5 +1,7 @@
 """A ResNet becomes the backbone of a network."""
 
+import copy
+
 import pytest
 import torch
 import torchvision
@@ -72,6 +74,21 @@ def test_loaded_backbone_computes_what_torchvision_computes(resnet18):
     report = load(network, path)
     assert report.left_out == [] and len(report.loaded) == 100
     assert report.initialised == report.missing == ["neck.weight", "neck.bias"]
+    image = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for ours, theirs in zip(network.backbone(image), features(model, image), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_biases_of_convolutions_go_into_the_norms(resnet18, tmp_path):
+    """The caffe ResNet-50 that others give out has one in the stem; some copies have them everywhere."""
+    model, path = copy.deepcopy(resnet18[0]), tmp_path / "w.pth"
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.bias = nn.Parameter(torch.rand(module.out_channels) - 0.5)
+    torch.save({"state_dict": model.state_dict()}, path)
+    network = Network().eval()
+    assert load(network, path).left_out == []
     image = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         for ours, theirs in zip(network.backbone(image), features(model, image), strict=True):

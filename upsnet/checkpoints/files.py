@@ -102,35 +102,20 @@ def read_weights(path: Path) -> WeightFile:
         WeightsError: the file is missing, cut off, no weight file, not safe to load, or holds NaN or infinity.
     """
     content, container = _load(path)
-    record: Mapping[str, Any] = content if isinstance(content, Mapping) else {}
-    is_ours = {"weights", "format_version"} <= record.keys()
-    if is_ours and not (isinstance(record["format_version"], int) and record["format_version"] <= FORMAT_VERSION):
-        raise WeightsError(
-            f"{path} has format version {record['format_version']}, this program reads up to {FORMAT_VERSION}: "
-            f"update the program"
-        )
-    weights = record["weights"] if is_ours else _unwrapped(record)
-    tensors, dtypes = _tensors(weights, path)
-    kind = _kind(tensors)
+    entries: Mapping[str, Any] = content if isinstance(content, Mapping) else {}
+    record = _record(entries, path)
+    tensors, dtypes = _tensors(record.get("weights", _unwrapped(entries)), path)
+    kind, categories = _kind(tensors), None
     if kind is Kind.RELEASED:
         tensors = {released.our_name(name) or name: tensor for name, tensor in tensors.items()}
         categories = released.released_classes(_class_counts(tensors))
-    else:
-        listed = record.get("categories") if is_ours else None
-        categories = None if listed is None else Categories.from_coco(listed, str(path))
-    if kind is Kind.RESNET:
-        tensors = {resnet.our_name(name) or name: tensor for name, tensor in tensors.items() if _is_of_body(name)}
-    return WeightFile(
-        path,
-        kind,
-        tensors,
-        container,
-        dtypes,
-        categories,
-        record.get("recipe") if is_ours else None,
-        record.get("iteration") if is_ours else None,
-        str(record["convention"]) if "convention" in record else None,
-    )
+    elif kind is Kind.RESNET:
+        tensors = resnet.to_ours(tensors)
+    if record.get("categories") is not None:
+        categories = Categories.from_coco(record["categories"], str(path))
+    convention = str(entries["convention"]) if "convention" in entries else None
+    recipe, iteration = record.get("recipe"), record.get("iteration")
+    return WeightFile(path, kind, tensors, container, dtypes, categories, recipe, iteration, convention)
 
 
 def load_safely(path: Path) -> Any:
@@ -174,6 +159,18 @@ def _load(path: Path) -> tuple[Any, str]:
     return load_safely(path), "torch" if _is_zip(start) else "torch before 1.6"
 
 
+def _record(entries: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """The entries if they are those of a file of ours, else nothing."""
+    if not {"weights", "format_version"} <= entries.keys():
+        return {}
+    version = entries["format_version"]
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise WeightsError(
+            f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}: update the program"
+        )
+    return entries
+
+
 def _unwrapped(content: Mapping[str, Any]) -> Mapping[str, Any]:
     for entry in _WRAPPERS:
         inner = content.get(entry)
@@ -184,11 +181,6 @@ def _unwrapped(content: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _kind(names: Collection[str]) -> Kind:
     return next((kind for name, kind in _LANDMARKS.items() if name in names), Kind.UNKNOWN)
-
-
-def _is_of_body(name: str) -> bool:
-    """Whether a tensor of a ResNet is neither of its classifier nor a counter of batch norm."""
-    return not name.startswith("fc.") and not name.endswith(".num_batches_tracked")
 
 
 def _class_counts(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
