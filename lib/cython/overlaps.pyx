@@ -7,10 +7,8 @@ the number of pairs. Upper limit: the speed at which memory gives the two maps.
 """
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, qsort
 from libc.string cimport memcpy, memset
-
-import numpy
 
 cdef enum:
     BLOCK = 2048  # pixels whose marks lie in the cache together
@@ -18,66 +16,70 @@ cdef enum:
     FIRST_BITS = 10
 
 
+cdef struct Slot:
+    uint64_t key  # see key_of
+    int64_t count  # 0: the slot is free
+
+
 cdef struct Table:
-    # Open addressing with linear probing: 2^bits slots, about half of them taken at most; one with count 0 is free.
-    uint64_t *keys
-    int64_t *counts
+    # Open addressing with linear probing: 2^bits slots, about half of them taken at most.
+    Slot *slots
     int bits
     size_t taken
 
 
 cdef bint make(Table *table, int bits) noexcept nogil:
     """An empty table of 2^bits slots; whether there was memory."""
-    table.keys = <uint64_t *> calloc(<size_t> 1 << bits, sizeof(uint64_t))
-    table.counts = <int64_t *> calloc(<size_t> 1 << bits, sizeof(int64_t))
+    table.slots = <Slot *> calloc(<size_t> 1 << bits, sizeof(Slot))
     table.bits = bits
     table.taken = 0
-    return table.keys != NULL and table.counts != NULL
+    return table.slots != NULL
 
 
-cdef void release(Table *table) noexcept nogil:
-    free(table.keys)
-    free(table.counts)
+cdef inline uint64_t key_of(int32_t a, int32_t b) noexcept nogil:
+    """Ascends as the pair does: first by a, then by b; the smallest int32 becomes 0."""
+    return <uint64_t> (<uint32_t> a ^ <uint32_t> 0x80000000) << 32 | (<uint32_t> b ^ <uint32_t> 0x80000000)
 
 
-cdef inline size_t slot_of(const Table *table, uint64_t key) noexcept nogil:
+cdef inline int32_t id_of(uint64_t half) noexcept nogil:
+    return <int32_t> (<uint32_t> half ^ <uint32_t> 0x80000000)
+
+
+cdef inline Slot *slot_of(const Table *table, uint64_t key) noexcept nogil:
     """The slot that holds the key or is free for it. The factor is 2^64 over the golden ratio (Knuth, TAOCP 6.4)."""
-    cdef size_t slot = <size_t> ((key * <uint64_t> 0x9E3779B97F4A7C15ULL) >> (64 - table.bits))
-    while table.counts[slot] != 0 and table.keys[slot] != key:
-        slot = (slot + 1) & ((<size_t> 1 << table.bits) - 1)
-    return slot
+    cdef size_t i = <size_t> ((key * <uint64_t> 0x9E3779B97F4A7C15ULL) >> (64 - table.bits))
+    while table.slots[i].count != 0 and table.slots[i].key != key:
+        i = (i + 1) & ((<size_t> 1 << table.bits) - 1)
+    return &table.slots[i]
 
 
 cdef bint double_size(Table *table) noexcept nogil:
     """Whether there was memory; if not, the table stays as it was."""
     cdef Table wider
-    cdef size_t i, slot
+    cdef size_t i
     if not make(&wider, table.bits + 1):
-        release(&wider)
         return False
     for i in range(<size_t> 1 << table.bits):
-        if table.counts[i] != 0:
-            slot = slot_of(&wider, table.keys[i])
-            wider.keys[slot] = table.keys[i]
-            wider.counts[slot] = table.counts[i]
+        if table.slots[i].count != 0:
+            slot_of(&wider, table.slots[i].key)[0] = table.slots[i]
     wider.taken = table.taken
-    release(table)
+    free(table.slots)
     table[0] = wider
     return True
 
 
 cdef inline bint add(Table *table, int32_t a, int32_t b, size_t count) noexcept nogil:
     """Adds pixels to the pair (a, b); whether there was memory."""
-    cdef uint64_t key = (<uint64_t> <uint32_t> a) << 32 | <uint32_t> b
-    cdef size_t slot = slot_of(table, key)
-    if table.counts[slot] == 0:
+    cdef uint64_t key = key_of(a, b)
+    cdef Slot *slot = slot_of(table, key)
+    if slot.count == 0:
         if 2 * table.taken >= <size_t> 1 << table.bits:
             if not double_size(table):
                 return False
             slot = slot_of(table, key)
-        table.keys[slot] = key
+        slot.key = key
         table.taken += 1
-    table.counts[slot] += <int64_t> count
+    slot.count += <int64_t> count
     return True
 
 
@@ -87,7 +89,7 @@ cdef inline void mark_changes(
     """1 where a pixel holds another pair than the one before it. Compilers vectorise this loop."""
     cdef size_t i
     for i in range(size):
-        changes[i] = (first[i] != first[i - 1]) | (second[i] != second[i - 1])
+        changes[i] = ((first[i] ^ first[i - 1]) | (second[i] ^ second[i - 1])) != 0
 
 
 cdef inline size_t find_changes(uint32_t *found, const uint8_t *changes, size_t size) noexcept nogil:
@@ -122,17 +124,31 @@ cdef bint count_runs(Table *table, const int32_t *first, const int32_t *second, 
     return add(table, first[start], second[start], size - start)
 
 
-def count_pairs(const int32_t[::1] first, const int32_t[::1] second):
-    """The pairs of ids of two flat maps of one size and the pixels of each pair, in no promised order.
+cdef int compare(const void *one, const void *other) noexcept nogil:
+    cdef uint64_t a = (<const Slot *> one).key, b = (<const Slot *> other).key
+    return (a > b) - (a < b)
+
+
+cdef void sort(Table *table) noexcept nogil:
+    """Brings what is taken to the front, ascending; a table no more, but a list."""
+    cdef size_t i, count = 0
+    for i in range(<size_t> 1 << table.bits):
+        if table.slots[i].count != 0:
+            table.slots[count] = table.slots[i]
+            count += 1
+    qsort(table.slots, count, sizeof(Slot), compare)
+
+
+def count_overlaps(const int32_t[::1] first, const int32_t[::1] second):
+    """Pixels of every pair and of every id of two flat maps of one size.
 
     Returns:
-        N uint64 keys, the first id in the upper 32 bits, the second in the lower; N int64 counts.
+        {(id of first, id of second): pixels}, ascending; {id of first: pixels}; {id of second: pixels}.
     """
     cdef Table table
-    cdef size_t i, row = 0, size = first.shape[0]
+    cdef size_t i, size = first.shape[0]
     cdef bint done
-    cdef uint64_t[::1] key_of
-    cdef int64_t[::1] count_of
+    cdef dict pairs = {}, of_first = {}, of_second = {}
     if first.shape[0] != second.shape[0]:
         raise ValueError(f"the maps have {first.shape[0]} and {second.shape[0]} pixels: they must have one size")
     done = make(&table, FIRST_BITS)
@@ -140,15 +156,15 @@ def count_pairs(const int32_t[::1] first, const int32_t[::1] second):
         if done and size:
             with nogil:
                 done = count_runs(&table, &first[0], &second[0], size)
+                if done:
+                    sort(&table)
         if not done:
             raise MemoryError("no memory for the table of overlaps")
-        keys, counts = numpy.empty(table.taken, numpy.uint64), numpy.empty(table.taken, numpy.int64)
-        key_of, count_of = keys, counts
-        for i in range(<size_t> 1 << table.bits):
-            if table.counts[i] != 0:
-                key_of[row] = table.keys[i]
-                count_of[row] = table.counts[i]
-                row += 1
-        return keys, counts
+        for i in range(table.taken):
+            a, b, count = id_of(table.slots[i].key >> 32), id_of(table.slots[i].key), table.slots[i].count
+            pairs[a, b] = count
+            of_first[a] = of_first.get(a, 0) + count
+            of_second[b] = of_second.get(b, 0) + count
+        return pairs, of_first, of_second
     finally:
-        release(&table)
+        free(table.slots)

@@ -104,6 +104,21 @@ def test_boundary_quality_of_a_perfect_prediction(files):
     assert summary.keys() == {"panoptic", "boundary"} and summary["boundary"] == summary["panoptic"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["data/coco_mini/annotations/panoptic_val2017.json", "data/eval_cases/panopticapi_sample/panoptic_examples.json"],
+)
+def test_real_files_against_themselves(shared, name):
+    """Their areas fit; crowds given as predictions are ignored."""
+    path = shared(name)
+    summary = evaluate_files(path, path, boundary=True, workers=None)
+    for kind in ("panoptic", "boundary"):
+        assert [summary[kind][group]["pq"] for group in ("all", "things", "stuff")] == [100.0] * 3
+    crowds = [s["iscrowd"] for record in json.loads(path.read_text())["annotations"] for s in record["segments_info"]]
+    assert sum(row["tp"] for row in summary["panoptic"]["per_class"]) == crowds.count(0)
+    assert evaluate_files(path, path, official=True)["panoptic"] == summary["panoptic"]
+
+
 # -- a truth that contradicts itself -----------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from tests.reference.panoptic_files import as_prediction, read_categories, read_truths
 from tests.reference.panoptic_pairs import CATEGORIES, prediction_of, random_pair, strange_pair, truth_of
@@ -346,6 +347,29 @@ def test_numbers_of_the_original(shared):
         row = summary["per_class"][int(semantic_id)]
         assert row["pq"] / 100 == pytest.approx(expected["pq"], abs=1e-12)
         assert [row[k] for k in ("tp", "fp", "fn")] == [expected.get(k, 0) for k in ("tp", "fp", "fn")]
+
+
+def test_the_other_forms_of_the_official_sample_are_the_same(shared):
+    """Two-channel PNGs (category, instance) and detections of COCO's format, converted by the official tools."""
+    folder = shared("data/eval_cases") / "panopticapi_sample"
+    path = folder / "panoptic_examples.json"
+    categories, truths = read_categories(path), read_truths(path)
+    detections = json.loads((folder / "panoptic_coco_detection_format.json").read_text())["annotations"]
+    for truth in truths:
+        channels = np.asarray(Image.open(folder / "panoptic_examples_2ch_format" / truth.file_name), dtype=np.int32)
+        from_channels = channels[..., 0] * 256 + channels[..., 1]
+        classes = {int(i): categories.semantic_id(int(i) // 256) for i in np.unique(from_channels) if i}
+        assert_perfect(prediction_of(from_channels, classes), truth, categories)
+        from_detections, classes = np.zeros_like(from_channels), {}
+        for number, record in enumerate((d for d in detections if d["image_id"] == truth.image_id), start=1):
+            from_detections[coco_mask.decode(record["segmentation"]) == 1] = number
+            classes[number] = categories.semantic_id(record["category_id"])
+        assert_perfect(prediction_of(from_detections, classes), truth, categories)
+
+
+def assert_perfect(prediction, truth, categories):
+    matching = match_segments(prediction, truth, categories)
+    assert len(matching.matched) == sum(not s.is_crowd for s in truth.segments) > 10 and quality_of(matching) == 1.0
 
 
 def test_numbers_of_deeplab2(shared):

@@ -6,7 +6,7 @@ import pytest
 from tests.reference.panoptic_quality import slow_overlaps
 from upsnet.operators import count_overlaps, library
 from upsnet.operators.__main__ import main as report
-from upsnet.operators.overlaps import count_pairs_numpy
+from upsnet.operators.overlaps import count_overlaps_numpy
 
 EXTREMES = [0, 1, -1, 2**24 - 1, 2**24, 2**31 - 1, -(2**31)]
 
@@ -15,16 +15,19 @@ EXTREMES = [0, 1, -1, 2**24 - 1, 2**24, 2**31 - 1, -(2**31)]
 def path(request, monkeypatch):
     """Both paths, whatever this process has loaded."""
     if request.param == "numpy":
-        monkeypatch.setattr(library, "count_pairs", None)
-    elif library.count_pairs is None:
+        monkeypatch.setattr(library, "count_overlaps", None)
+    elif library.count_overlaps is None:
         pytest.skip(library.COUNTING_NOT_IN_USE_BECAUSE)
     return request.param
 
 
 def rows(first, second):
-    columns = count_overlaps(first, second)
-    assert all(column.dtype == np.int64 for column in columns)
-    return list(zip(*(column.tolist() for column in columns), strict=True))
+    """The overlaps as the twin gives them, after a look at the areas."""
+    pixels, *areas = count_overlaps(first, second)
+    for area, label_map in zip(areas, (first, second), strict=True):
+        ids, counts = np.unique(label_map, return_counts=True)
+        assert area == dict(zip(ids.tolist(), counts.tolist(), strict=True))
+    return [(*pair, count) for pair, count in pixels.items()]
 
 
 def random_map(draws, shape, ids, run):
@@ -55,9 +58,9 @@ def test_every_pixel_another_pair(path):
     """The table grows many times; keys that differ in high or low bits only do not meet."""
     y, x = np.mgrid[:300, :200].astype(np.int32)
     for first, second in ((y, x), (y << 20, x << 20), (y * 200 + x, -y), (-y, y * 200 + x)):
-        first_ids, second_ids, pixels = count_overlaps(first, second)
-        assert len(pixels) == 300 * 200 and (pixels == 1).all()
-        assert set(zip(first_ids, second_ids, strict=True)) == set(zip(first.flat, second.flat, strict=True))
+        pixels, _, _ = count_overlaps(first, second)
+        assert list(pixels) == sorted(zip(first.ravel().tolist(), second.ravel().tolist(), strict=True))
+        assert set(pixels.values()) == {1} and len(pixels) == 300 * 200
 
 
 def test_empty_maps(path):
@@ -91,25 +94,25 @@ def test_other_maps_are_refused(path, first, second):
 
 
 def test_flat_maps_of_two_sizes_are_refused_by_the_native_code():
-    if library.count_pairs is None:
+    if library.count_overlaps is None:
         pytest.skip(library.COUNTING_NOT_IN_USE_BECAUSE)
     with pytest.raises(ValueError, match="3 and 2 pixels"):
-        library.count_pairs(np.zeros(3, np.int32), np.zeros(2, np.int32))
+        library.count_overlaps(np.zeros(3, np.int32), np.zeros(2, np.int32))
 
 
-def test_keys_of_both_paths_are_equal():
-    if library.count_pairs is None:
+def test_both_paths_give_plain_integers_in_one_order():
+    if library.count_overlaps is None:
         pytest.skip(library.COUNTING_NOT_IN_USE_BECAUSE)
     first, second = np.random.default_rng(0).choice(EXTREMES, (2, 500)).astype(np.int32)
-    native, plain = library.count_pairs(first, second), count_pairs_numpy(first, second)
-    order = np.argsort(native[0])
-    for a, b in zip(native, plain, strict=True):
-        assert a.dtype == b.dtype and np.array_equal(a[order], b)
+    native, plain = library.count_overlaps(first, second), count_overlaps_numpy(first, second)
+    assert native == plain and list(native[0]) == list(plain[0]) == sorted(native[0])
+    for counts in (*native[1:], *plain[1:]):
+        assert all(type(number) is int for row in counts.items() for number in row)
 
 
 def test_switched_off_and_missing(monkeypatch):
     monkeypatch.setenv("UPSNET_NATIVE", "0")
-    assert library._load_count_pairs() == (None, "switched off by UPSNET_NATIVE=0")
+    assert library._load_counting() == (None, "switched off by UPSNET_NATIVE=0")
     monkeypatch.delenv("UPSNET_NATIVE")
     for error, words in ((ModuleNotFoundError("none"), "not built"), (ImportError("broken"), "does not load: broken")):
 
@@ -117,9 +120,9 @@ def test_switched_off_and_missing(monkeypatch):
             raise error
 
         monkeypatch.setattr(importlib, "import_module", refuse)
-        count_pairs, reason = library._load_count_pairs()
-        assert count_pairs is None and words in reason
-        monkeypatch.setattr(library, "count_pairs", count_pairs)
+        counting, reason = library._load_counting()
+        assert counting is None and words in reason
+        monkeypatch.setattr(library, "count_overlaps", counting)
         monkeypatch.setattr(library, "COUNTING_NOT_IN_USE_BECAUSE", reason)
         assert reason in library.describe_counting() and "numpy serves" in library.describe_counting()
 
@@ -127,4 +130,4 @@ def test_switched_off_and_missing(monkeypatch):
 def test_the_report_names_the_path(path, capsys):
     assert report() == 0
     printed = capsys.readouterr().out
-    assert f"cpu   count_overlaps     {path} " in printed and "in 0 rows" in printed
+    assert f"cpu   count_overlaps     {path} " in printed and "in 0 overlaps" in printed

@@ -27,11 +27,7 @@ class Overlaps:
     """How many pixels the segments of two H×W maps share; areas come from the maps alone."""
 
     def __init__(self, truth_map: NDArray[np.int32], prediction_map: NDArray[np.int32]) -> None:
-        truth_ids, prediction_ids, pixels = count_overlaps(truth_map, prediction_map)
-        pairs = zip(truth_ids.tolist(), prediction_ids.tolist(), strict=True)
-        self.pixels = dict(zip(pairs, pixels.tolist(), strict=True))
-        self.truth_area = _areas(truth_ids, pixels)
-        self.prediction_area = _areas(prediction_ids, pixels)
+        self.pixels, self.truth_area, self.prediction_area = count_overlaps(truth_map, prediction_map)
 
     def of(self, truth_id: int, prediction_id: int) -> int:
         """Pixels that lie in both segments."""
@@ -43,11 +39,6 @@ class Overlaps:
         in_void = self.of(VOID_ID, prediction_id)
         union = self.truth_area[truth_id] + self.prediction_area[prediction_id] - shared - in_void
         return shared / union if union else math.inf  # only a union of believed areas can be 0
-
-
-def _areas(ids: NDArray[np.int64], pixels: NDArray[np.int64]) -> dict[int, int]:
-    found, position = np.unique(ids, return_inverse=True)
-    return dict(zip(found.tolist(), np.bincount(position, pixels).astype(np.int64).tolist(), strict=True))
 
 
 @dataclass(frozen=True, slots=True)

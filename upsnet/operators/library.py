@@ -42,12 +42,12 @@ def _load() -> str:
     return f"{path.name} is outdated: it lacks {', '.join(missing)}; build it again" if missing else ""
 
 
-def _load_count_pairs() -> tuple[Callable[..., Any] | None, str]:
-    """`count_pairs` of lib/cython/overlaps.pyx, or the reason why it is not in use."""
+def _load_counting() -> tuple[Callable[..., Any] | None, str]:
+    """`count_overlaps` of lib/cython/overlaps.pyx, or the reason why it is not in use."""
     if os.environ.get("UPSNET_NATIVE") == "0":
         return None, SWITCHED_OFF
     try:
-        return importlib.import_module("upsnet.operators._overlaps").count_pairs, ""
+        return importlib.import_module("upsnet.operators._overlaps").count_overlaps, ""
     except ModuleNotFoundError:
         return None, "not built; `python setup.py build_ext --inplace` builds it"
     except ImportError as error:
@@ -128,7 +128,7 @@ if not NOT_IN_USE_BECAUSE:
     _register()
 
 
-count_pairs, COUNTING_NOT_IN_USE_BECAUSE = _load_count_pairs()
+count_overlaps, COUNTING_NOT_IN_USE_BECAUSE = _load_counting()
 
 
 def native_in_use() -> bool:
@@ -160,7 +160,7 @@ def describe() -> str:
 
 def describe_counting() -> str:
     """One line: what counts the overlaps of panoptic quality, and why not the native code."""
-    if count_pairs is not None:
+    if count_overlaps is not None:
         return "native counting of overlaps: in use"
     return (
         f"native counting of overlaps: not in use ({COUNTING_NOT_IN_USE_BECAUSE}); numpy serves, with the same results"
