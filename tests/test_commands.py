@@ -189,7 +189,7 @@ def test_pretrained_weights_are_listed(tiny_run, recipe):
         "train.max_iteration=1",
     )  # fmt: skip
     assert ran.code == 0 and "UPSNet, ours, " in ran.err and "loaded: backbone (120), " in ran.err
-    assert "initialised anew, of another size in it: mask_head.convs.0.conv.weight (16×16×3×3 → 24×16×3×3), " in ran.err
+    assert "of another size, so initialised anew: mask_head.convs.0.conv.weight (16×16×3×3 → 24×16×3×3), " in ran.err
 
 
 @pytest.mark.parametrize(

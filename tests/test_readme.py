@@ -40,7 +40,8 @@ def test_the_recipe_trains_on_a_set_with_odd_ids(recipe_text, tmp_path):
     torch.save(torchvision.models.resnet18().half().state_dict(), tmp_path / "resnet18.pth")
     changes = (
         f"dataset.dataset_path={tmp_path}/photos", f"output_path={tmp_path}/out",
-        f"network.pretrained={tmp_path}/resnet18.pth", *SMALLER,
+        f"network.pretrained={tmp_path}/resnet18.pth", "network.pretrained_convention=torchvision",
+        "network.use_caffe_model=false", *SMALLER,
     )  # fmt: skip
     for image_set in (named["image_set"], named["test_image_set"]):
         write_miniature(tmp_path / "photos", image_set)

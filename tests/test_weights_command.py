@@ -23,7 +23,7 @@ def said(path):
     """The rows by title, and the recipes by use."""
     ran = run("weights", path)
     assert ran.code == 0, ran.err
-    head, *fits = re.split(r"^fits as ", ran.out, flags=re.M)
+    head, *fits = re.split(r"^fits (?:only )?as ", ran.out, flags=re.M)
     rows = dict(re.split(r"\s{2,}|(?<=training step|semantic head) ", line, maxsplit=1) for line in head.splitlines())
     return rows, {use.split(" of")[0]: re.findall(r"^  (\S+)$", use, flags=re.M) for use in fits}
 

@@ -60,7 +60,7 @@ def test_the_original_yaml_works_as_it_stands(resnet50, caplog):
         f"network.pretrained {resnet50}: ResNet, 265 tensors",
         "network.pretrained convention: caffe, known from its name",
         "network.pretrained loaded: backbone (265)",
-        "network.pretrained initialised anew, not in it: fpn (18), rpn (6), box_head (8), mask_head (12), "
+        "network.pretrained missing, so initialised anew: fpn (18), rpn (6), box_head (8), mask_head (12), "
         "semantic_head (14)",
     ]
 

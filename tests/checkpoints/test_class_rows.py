@@ -1,5 +1,7 @@
 """From COCO's classes to those of Cityscapes, row by row; numbers as the original's loader has them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -86,7 +88,7 @@ def test_the_report_says_so(coco_file):
     assert report.left_out == report.initialised == []
     assert report.lines() == [
         "loaded: backbone (120), fpn (16), rpn (6), box_head (8), mask_head (12), semantic_head (10)",
-        "rows of the classes: COCO's nearest class, random for pole, traffic sign, terrain, rider",
+        "class rows: from COCO's nearest classes, random for pole, traffic sign, terrain, rider",
     ]
 
 
@@ -103,8 +105,14 @@ def test_other_classes_are_not_mapped(coco_file):
     assert report.other_shape["box_head.deltas.weight"] == ((324, 8), (36, 8))
     assert report.lines() == [
         "loaded: backbone (120), fpn (16), rpn (6), box_head (4), mask_head (10), semantic_head.layers (8)",
-        "initialised anew, of another size in it: box_head.class_logits.weight (81×8 → 9×8), "
+        "of another size, so initialised anew: box_head.class_logits.weight (81×8 → 9×8), "
         "box_head.class_logits.bias (81 → 9), box_head.deltas.weight (324×8 → 36×8), box_head.deltas.bias (324 → 36), "
         "mask_head.score.weight (81×8×1×1 → 9×8×1×1), mask_head.score.bias (81 → 9), "
         "semantic_head.score.weight (133×32×1×1 → 19×32×1×1), semantic_head.score.bias (133 → 19)",
     ]
+
+
+def test_a_file_that_contradicts_its_class_table_is_not_mapped(coco_file):
+    state = {**coco_file.state, "box_head.class_logits.bias": torch.zeros(80)}
+    assert cityscapes_rows(replace(coco_file, state=state), CITYSCAPES, 0) is None
+    assert cityscapes_rows(replace(coco_file, state={}), CITYSCAPES, 0) is None

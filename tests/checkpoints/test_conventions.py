@@ -50,7 +50,7 @@ def test_torchvision_by_its_name_which_holds_the_checksum(tmp_path):
 def test_the_checksum_counts_more_than_the_name(tmp_path, monkeypatch):
     path = tmp_path / "resnet-50-caffe.pth"
     resnet(path)
-    source = Source("https://host/x.pth", sha256=checksum(path))
+    source = Source("https://host/x.pth", sha256=checksum(path)[:8])  # sometimes only the beginning is known
     known = KnownFile("x/torchvision.pth", "g", "resnet", "torchvision", "BSD", (source,))
     monkeypatch.setattr(conventions, "known_files", lambda: (known,))
     assert found(read_weights(path)) == ("torchvision", "its checksum, that of torchvision.pth")

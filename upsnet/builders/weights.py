@@ -65,11 +65,13 @@ def fit(recipe: Recipe, file: WeightFile) -> Literal["--weight_path", "network.p
 
     Weights that fit as --weight_path do as network.pretrained, too. A ResNet's convention is not looked at.
     """
+    if file.kind is Kind.UNKNOWN:
+        return None
     categories = class_table(recipe.dataset.dataset) or file.categories or _unnamed_classes(file.class_counts or (2, 2))
     with torch.device("meta"):
         own = build_network(recipe, categories).state_dict()
     report = compare(own, file.state)
-    if file.kind is Kind.UNKNOWN or backbone_differences(report):
+    if backbone_differences(report):
         return None
     has_these = file.categories is None or file.categories.same_classes(categories)
     return "network.pretrained" if report.differences() or not has_these else "--weight_path"

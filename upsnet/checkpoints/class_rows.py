@@ -59,13 +59,15 @@ def cityscapes_rows(file: WeightFile, categories: Categories, seed: int) -> Clas
     assert coco is not None and cityscapes is not None
     if file.categories is None or not file.categories.same_classes(coco) or not categories.same_classes(cityscapes):
         return None
-    position = {category.name: i for i, category in enumerate(coco)}
-    semantic = [position.get(COCO_CLASS[category.name] or "") for category in categories]
+    if file.class_counts != (coco.num_classes, coco.num_seg_classes):  # it contradicts itself
+        return None
+    position: dict[str | None, int] = {category.name: i for i, category in enumerate(coco)}
+    semantic = [position.get(COCO_CLASS[category.name]) for category in categories]
     things = [None if i is None else i - coco.num_stuff + 1 for i in semantic[categories.num_stuff :]]
     wanted = {"semantic_head.score": semantic} | {layer: [0, *things] for layer in _ROWS_OF_A_CLASS}  # 0: background
     tensors = {}
     for layer, classes in wanted.items():
-        for name in (f"{layer}.weight", f"{layer}.bias"):
+        for name in {f"{layer}.weight", f"{layer}.bias"} & file.state.keys():
             generator = torch.Generator().manual_seed(seed_of(seed, zlib.crc32(name.encode())))
             tensors[name] = _take(file.state[name], classes, _ROWS_OF_A_CLASS.get(layer, 1), generator)
     drawn = [category.name for category, i in zip(categories, semantic, strict=True) if i is None]

@@ -49,7 +49,7 @@ def known_convention(file: WeightFile, asked: Convention | None = None) -> Known
         )
     checksum = _sha256(file.path)
     for known in known_files():
-        if known.convention and checksum in {source.sha256 for source in known.sources}:
+        if known.convention and any(s.sha256 and checksum.startswith(s.sha256) for s in known.sources):
             return KnownConvention(known.convention, f"its checksum, that of {known.name}")
     if named := _TORCHVISION_NAME.fullmatch(file.path.name):
         if not checksum.startswith(named[1]):

@@ -1,7 +1,7 @@
 """Putting the tensors of a weight file into a network, and saying what became of each."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 from torch import Tensor, nn
@@ -54,18 +54,13 @@ class LoadReport:
         """The report in a few lines, whatever the number of tensors."""
         lines = [f"loaded: {_grouped(self.loaded)}"]
         if self.drawn_classes is not None:
-            lines.append(f"rows of the classes: COCO's nearest class, random for {', '.join(self.drawn_classes)}")
-        for what, names, shown in (
-            (
-                "initialised anew, of another size in it",
-                self.other_shape,
-                _first(self._shapes("{} → {}"), _SHOWN),
-            ),
-            ("initialised anew, not in it", self.missing, _grouped(self.missing)),
-            ("not used", self.unknown, _grouped(self.unknown)),
-        ):
-            if names:
-                lines.append(f"{what}: {shown}")
+            lines.append(f"class rows: from COCO's nearest classes, random for {', '.join(self.drawn_classes)}")
+        if self.other_shape:
+            lines.append(f"of another size, so initialised anew: {_first(self._shapes('{} → {}'), _SHOWN)}")
+        if self.missing:
+            lines.append(f"missing, so initialised anew: {_grouped(self.missing)}")
+        if self.unknown:
+            lines.append(f"not used: {_grouped(self.unknown)}")
         return lines
 
     def _shapes(self, form: str) -> list[str]:
@@ -130,7 +125,7 @@ def load_pretrained(network: nn.Module, file: WeightFile, categories: Categories
             f"set symbol to the file's depth or network.pretrained to another file"
         )
     report = load_into(network, state, str(file.path), strict=False)
-    return LoadReport(report.loaded, report.left_out, report.initialised, report.other_shape, drawn)
+    return replace(report, drawn_classes=drawn)
 
 
 def backbone_differences(report: LoadReport) -> list[str]:

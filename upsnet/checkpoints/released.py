@@ -72,8 +72,8 @@ def to_released(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     named = {}
     for name, tensor in state.items():
         theirs = released_name(name)
-        is_norm = ".norm" in name or ".downsample.norm" in name
-        if theirs is None or (is_norm and f"{name.rpartition('.')[0]}.running_mean" not in state):
+        is_other_norm = ".norm" in name and f"{name.rpartition('.')[0]}.running_mean" not in state
+        if theirs is None or is_other_norm:
             raise WeightsError(
                 f"{source} cannot be written under the released names: none is known for {name}; "
                 f"write it with --to safetensors"

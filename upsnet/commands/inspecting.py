@@ -38,7 +38,7 @@ def weights(path: Path, form: Form | None = None, out: Path | None = None) -> No
     for title, text in _description(file).items():
         print(f"{title:15} {text}")
     for use, names in _fitting_recipes(file).items():
-        print(f"fits as {use} of {'' if names else 'no shipped recipe'}", *names, sep="\n  ")
+        print(f"{use} of {'these recipes:' if names else 'no shipped recipe'}", *names, sep="\n  ")
 
 
 def _description(file: WeightFile) -> dict[str, str]:
@@ -99,11 +99,11 @@ def _classes(file: WeightFile, counts: tuple[int, int]) -> str:
 
 
 def _fitting_recipes(file: WeightFile) -> dict[str, list[str]]:
-    fitting: dict[str, list[str]] = {"--weight_path": [], "network.pretrained": []}
-    for name in shipped_recipes():
-        if (use := builders.fit(load_recipe(name), file)) is not None:
-            fitting[use].append(name)
-    return fitting
+    fits = {name: builders.fit(load_recipe(name), file) for name in shipped_recipes()}
+    return {
+        "fits as --weight_path": [name for name, use in fits.items() if use == "--weight_path"],
+        "fits only as network.pretrained": [name for name, use in fits.items() if use == "network.pretrained"],
+    }
 
 
 def _numbers(names: Iterable[str], pattern: str) -> list[int]:
