@@ -9,9 +9,7 @@ import argparse
 import datetime
 import os
 import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.operators import medians, processor
 from upsnet.evaluation.panoptic_quality import Overlaps, match_segments
 from upsnet.operators import library
 from upsnet.structures.categories import Categories, Category
@@ -94,18 +93,6 @@ def official_match(truth: Truth, prediction: Prediction) -> list[tuple[int, floa
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def medians(contestants: list[Callable[[], object]], rounds: int) -> list[float]:
-    """Median milliseconds of each, taking turns, after one warm-up."""
-    times: list[list[float]] = [[] for _ in contestants]
-    for turn in range(rounds + 1):
-        for call, record in zip(contestants, times, strict=True):
-            start = time.perf_counter()
-            call()
-            if turn:
-                record.append((time.perf_counter() - start) * 1e3)
-    return [statistics.median(record) for record in times]
-
-
 def without_native(call: Callable[..., Any]) -> Callable[..., Any]:
     """The same call with numpy's counting."""
 
@@ -150,11 +137,6 @@ def rows_of(height: int, width: int, count: int, rounds: int) -> list[str]:
             f"{official / plain:.1f} | {rate:.1f} | {reading:.3f} ms, {bytes_read / reading / 1e6:.1f} |"
         )
     return rows
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def table(rounds: int) -> str:

@@ -169,9 +169,7 @@ def _check_map(segments: dict[int, Segment], area: dict[int, int], where: str) -
     """Segments and map must hold the same ids."""
     for segment_id in segments:
         if segment_id not in area:
-            raise DataError(
-                f"{where} {segment_id}: no pixel of the map has this id: remove the record or mend the PNG"
-            )
+            raise DataError(f"{where} {segment_id}: no pixel of the map has this id: remove the record or mend the PNG")
     for segment_id in area:
         if segment_id != VOID_ID and segment_id not in segments:
             raise DataError(

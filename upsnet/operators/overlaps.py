@@ -5,11 +5,11 @@ from numpy.typing import NDArray
 
 from upsnet.operators import library
 
-Overlaps = tuple[dict[tuple[int, int], int], dict[int, int], dict[int, int]]
+OverlapCounts = tuple[dict[tuple[int, int], int], dict[int, int], dict[int, int]]
 """{(id of first, id of second): pixels}, ascending; {id of first: pixels}; {id of second: pixels}."""
 
 
-def count_overlaps(first: NDArray[np.int32], second: NDArray[np.int32]) -> Overlaps:
+def count_overlaps(first: NDArray[np.int32], second: NDArray[np.int32]) -> OverlapCounts:
     """Counts the pixels of every pair of ids that occurs, and of every id.
 
     Args:
@@ -24,7 +24,7 @@ def count_overlaps(first: NDArray[np.int32], second: NDArray[np.int32]) -> Overl
     return count(np.ascontiguousarray(first).reshape(-1), np.ascontiguousarray(second).reshape(-1))
 
 
-def count_overlaps_numpy(first: NDArray[np.int32], second: NDArray[np.int32]) -> Overlaps:
+def count_overlaps_numpy(first: NDArray[np.int32], second: NDArray[np.int32]) -> OverlapCounts:
     """The same as lib/cython/overlaps.pyx, for flat maps. Only the runs of equal pairs are sorted, not the pixels."""
     pairs = first.astype(np.int64) << 32 | (second.astype(np.int64) + 2**31)  # ascend as the pairs do
     ends = np.flatnonzero(pairs[1:] != pairs[:-1]) + 1
