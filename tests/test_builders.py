@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.config.test_recipes import EXPECTED
 from tests.miniature import write_miniature
 from upsnet import builders
 from upsnet.config import load_recipe
@@ -221,6 +222,18 @@ def test_the_test_set(data):
     loader = builders.build_test_loader(recipe_with(data, "test.batch_size=3"), dataset)
     assert sorted(i for batch in loader for i in batch.image_ids) == dataset.image_ids.tolist()
     assert max(len(batch) for batch in loader) == 3
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_released_file_is_tested_at_the_test_scale(name):
+    """Whatever scales training draws; the original drew from them in testing too."""
+    recipe = load_recipe(name)
+    (transform,) = builders.test_views(recipe).transforms
+    short, long, sizes = (1024, 2048, [(1024, 2048)]) if "cityscapes" in name else (800, 1333, [(480, 640), (640, 480)])
+    assert (tuple(transform.scales), transform.max_size) == ((short,), long)
+    for size in sizes:
+        scales = {transform.scale(*size, image_id=i, step=i) for i in range(20)}
+        assert scales == {short / min(size)}
 
 
 def test_batches_of_the_training(data):

@@ -51,6 +51,14 @@ def test_images_come_in_ascending_id(tmp_path):
         assert data_set[i].file_name == data_set.truth(i).file_name == data_set.file_names[i]
 
 
+def test_names_of_the_folders_above_do_not_matter(tmp_path):
+    """The original finds labels by replacing these words wherever they stand in a photo's path."""
+    above = tmp_path / "images" / "train2017" / "leftImg8bit.png" / "jpg"
+    here, there = (open_miniature(write_miniature(folder)) for folder in (tmp_path / "plain", above))
+    for i in range(len(here)):
+        assert torch.equal(here[i].targets.semantic, there[i].targets.semantic)
+
+
 def test_truth_of_an_image(tmp_path):
     data_set = open_miniature(write_miniature(tmp_path))
     truth = data_set.truth(2)

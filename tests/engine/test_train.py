@@ -76,6 +76,13 @@ def test_momentum_is_divided_at_the_decay_and_only_for_the_step_schedule(monkeyp
     assert len(calls) == 1
 
 
+def test_training_ends_at_the_last_step_and_not_with_the_epoch():
+    log = Recorder()
+    options = replace(OPTIONS, max_iteration=3, steps_per_epoch=5, display_iter=1)
+    train(network := Toy(), batches(4), build_optimizer(network), options, log=log)
+    assert [line["iteration"] for line in log.lines] == [1, 2, 3]
+
+
 def test_losses_fall():
     network = Toy()
     log = Recorder()

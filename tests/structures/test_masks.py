@@ -87,6 +87,20 @@ def test_polygon_crop_is_a_union():
     assert (both == apart).all() and both[2, 2] and both[15, 15] and not both[2, 15]
 
 
+def test_polygon_crops_are_computed_in_single_precision():
+    """As the original does; a box at fractions of a pixel, for which double precision fills other cells."""
+    polygon, box = np.array([9.0, 20, 16, 22, 41, 39]), np.array([12.2, 11, 58.2, 51], dtype=np.float32)
+    crops = []
+    for kind in (np.float32, np.float64):
+        x1, y1, x2, y2 = (kind(side) for side in box)
+        moved = [
+            float((kind(v) - start) * kind(28) / (end - start))
+            for v, start, end in zip(polygon, [x1, y1] * 3, [x2, y2] * 3, strict=True)
+        ]
+        crops.append(coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([moved], 28, 28))).astype(bool))
+    assert (Polygons((polygon,)).crop(box, 28) == crops[0]).all() and (crops[0] != crops[1]).sum() == 2
+
+
 def test_a_box_of_no_width_does_not_divide_by_zero():
     square = Polygons((np.array([0.0, 0, 8, 0, 8, 8, 0, 8]),))
     assert square.crop(np.array([3.0, 3.0, 3.0, 3.0]), 4).all()
