@@ -57,11 +57,12 @@ def test_shapes_and_other_anchors():
     assert not [name for name in rpn.state_dict() if "anchor" in name]
 
 
-def test_losses():
+@pytest.mark.parametrize("batch_size", [64, 4096], ids=["all places taken", "places left over"])
+def test_losses(batch_size):
     output = rpn_of()(levels_of())
     truth = [torch.tensor([[3.0, 4, 40, 50], [60, 10, 61, 11]]), torch.zeros(0, 4)]
     crowds = [torch.tensor([[50.0, 10, 95, 60]]), torch.zeros(0, 4)]
-    sizes, options = [(64, 96), (50, 70)], AnchorSampling(batch_size=64)
+    sizes, options = [(64, 96), (50, 70)], AnchorSampling(batch_size=batch_size)
     class_loss, box_loss = rpn_losses(output, truth, crowds, sizes, options, [SeededDraws(1), SeededDraws(2)])
     expected = [0.0, 0.0]
     for image, draws in enumerate((SeededDraws(1), SeededDraws(2))):
@@ -70,7 +71,7 @@ def test_losses():
         logits, deltas = (torch.cat(parts) for parts in output.of_image(image))
         sampled = [i for i, label in enumerate(labels.tolist()) if label >= 0]
         for i in sampled:
-            expected[0] += F.softplus(-logits[i] if labels[i] == 1 else logits[i]).item() / 64 / 2
+            expected[0] += F.softplus(-logits[i] if labels[i] == 1 else logits[i]).item() / batch_size / 2
             if labels[i] == 1:
                 for d in (deltas[i] - targets[i]).abs().tolist():
                     expected[1] += (4.5 * d * d if d < 1 / 9 else d - 1 / 18) / len(sampled) / 2
