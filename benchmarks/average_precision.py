@@ -9,14 +9,15 @@ Images, instances (about 7 an image, as polygons) and detections are random. Eac
 import argparse
 import contextlib
 import io
-import multiprocessing
 import platform
 import resource
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,8 @@ def main() -> int:
         for kind in DETECTION_KINDS:
             first = None
             for way in ways:
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    scores, seconds, peak = pool.apply(score, (way, Path(folder), options.images, kind))
+                with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                    scores, seconds, peak = process.submit(score, way, Path(folder), options.images, kind).result()
                 first = first or scores
                 equal &= all(abs(scores[name] - first[name]) < 1e-12 for name in NUMBERS)
                 rows.append([kind, way, f"{seconds:.0f} s", f"{peak:.0f} MiB", f"{scores['ap']!r}"])
