@@ -168,6 +168,7 @@ def check_kept(file, candidates, fused):
     for ours, rows in ((candidates, slice(None)), (fused.instances, file["mid::removal_keep_inds"])):
         boxes, classes = torch.from_numpy(file["mid::pano_rois"][rows, 1:]), file["mid::pano_cls_idx"][rows]
         scores = torch.from_numpy(file["mid::pano_scores"][rows])
+        assert ours.scores.tolist() == sorted(ours.scores.tolist(), reverse=True)
         assert len(ours) == len(boxes) and (ours.scores - scores).abs().max() < 1e-4
         near = distances(ours.boxes, boxes) < ROI_TOLERANCE
         same = (
