@@ -210,7 +210,7 @@ def load_predictor(recipe: Recipe, weights: Path | None = None, device: torch.de
     if file is None:
         _start_untrained(recipe, network, categories)
     else:
-        builders.load_trained(network, file, categories)
+        builders.load_trained(recipe, network, file, categories)
     network.to(device or builders.choose_device(recipe)).eval()
     return Predictor(network, categories, builders.test_views(recipe), recipe.test.precision, recipe.test.batch_size)
 

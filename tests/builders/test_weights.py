@@ -9,7 +9,9 @@ import torchvision
 
 from tests.checkpoints.weights import small_network, small_recipe
 from upsnet import builders
+from upsnet.builders.weights import UNSEEN
 from upsnet.checkpoints.files import read_weights
+from upsnet.config import dump_recipe
 from upsnet.structures.categories import Categories, Category
 from upsnet.structures.class_tables import class_table
 from upsnet.structures.errors import RecipeError, WeightsError
@@ -113,9 +115,9 @@ def test_the_stem_sees_the_channels_that_it_was_trained_on(tmp_path):
     assert ours[0, 0, 16, 16] > 40
 
 
-def snapshot(path, network, categories):
-    record = {"weights": network.state_dict(), "categories": categories.to_coco(), "recipe": "", "format_version": 1}
-    torch.save(record, path)
+def snapshot(path, network, categories, recipe=""):
+    record = {"weights": network.state_dict(), "categories": categories.to_coco(), "recipe": recipe}
+    torch.save({**record, "format_version": 1}, path)
     return read_weights(path)
 
 
@@ -128,7 +130,7 @@ def trained(tmp_path_factory):
 def test_trained_weights_that_fit(trained):
     source, file = trained
     network = builders.build_network(small_recipe(), COCO)
-    builders.load_trained(network, file, COCO)
+    builders.load_trained(small_recipe(), network, file, COCO)
     assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in network.state_dict().items())
 
 
@@ -137,19 +139,38 @@ def test_trained_weights_of_another_shape_are_refused(trained):
     with pytest.raises(
         WeightsError, match=r"another network \(6 of another shape: box_head\.fc6\.weight \(8×392, here"
     ):
-        builders.load_trained(network, trained[1], COCO)
+        builders.load_trained(small_recipe(), network, trained[1], COCO)
 
 
 def test_trained_weights_of_other_classes_are_refused(trained):
     renamed = Categories(Category(c.id, "lamp" if c.name == "light" else c.name, c.is_thing, c.color) for c in COCO)
     with pytest.raises(WeightsError, match=r"number 12 is 'light' \(id \d+\) there and 'lamp' \(id \d+\) in the data"):
-        builders.load_trained(trained[0], trained[1], renamed)
+        builders.load_trained(small_recipe(), trained[0], trained[1], renamed)
     cityscapes = class_table("Cityscapes")
     network = builders.build_network(small_recipe("upsnet_resnet50_cityscapes_16gpu"), cityscapes)
     with pytest.raises(WeightsError, match="other classes"):
-        builders.load_trained(network, trained[1], cityscapes)
+        builders.load_trained(small_recipe(), network, trained[1], cityscapes)
 
 
 def test_a_resnet_alone_is_no_trained_network(resnet50):
     with pytest.raises(WeightsError, match=r"is a ResNet alone.*network\.pretrained"):
-        builders.load_trained(builders.build_network(small_recipe(), COCO), read_weights(resnet50), COCO)
+        recipe = small_recipe()
+        builders.load_trained(recipe, builders.build_network(recipe, COCO), read_weights(resnet50), COCO)
+
+
+OTHERS = {
+    "use_caffe_model": "false", "pixel_means": "[1, 2, 3]", "backbone_stride_in_1x1": "false",
+    "fpn_upsample_method": "bilinear", "anchor_ratios": "[0.4, 1, 2]", "anchor_scales": "[4]",
+    "bbox_reg_weights": "[1, 1, 1, 1]",
+}  # fmt: skip
+
+
+def test_what_no_tensor_shows_must_be_as_in_training(tmp_path):
+    recipe = small_recipe()
+    file = snapshot(tmp_path / "s.pth", small_network(recipe, COCO), COCO, dump_recipe(recipe))
+    assert OTHERS.keys() == set(UNSEEN)
+    for key, other in OTHERS.items():
+        changed = small_recipe("upsnet_resnet50_coco_16gpu", f"network.{key}={other}")
+        with pytest.raises(WeightsError, match=f"trained with network.{key} .*, this recipe says"):
+            builders.load_trained(changed, builders.build_network(changed, COCO), file, COCO)
+    builders.load_trained(recipe, builders.build_network(recipe, COCO), file, COCO)

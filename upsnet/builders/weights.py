@@ -14,12 +14,24 @@ from upsnet.checkpoints.files import Kind, WeightFile, read_weights
 from upsnet.checkpoints.loading import LoadReport, backbone_differences, compare, load_into, load_pretrained
 from upsnet.checkpoints.manifest import Convention
 from upsnet.config import Recipe
+from upsnet.config.yaml_text import read_section
 from upsnet.models.upsnet import UPSNet
 from upsnet.structures.categories import Categories, Category
 from upsnet.structures.class_tables import class_table
 from upsnet.structures.errors import RecipeError, WeightsError
 
 logger = logging.getLogger("upsnet")
+
+UNSEEN = (
+    "use_caffe_model",
+    "pixel_means",
+    "backbone_stride_in_1x1",
+    "fpn_upsample_method",
+    "anchor_ratios",
+    "anchor_scales",
+    "bbox_reg_weights",
+)
+"""Keys of `network` on which trained weights depend without any tensor showing it."""
 
 
 def start_from_pretrained(recipe: Recipe, network: UPSNet, categories: Categories) -> LoadReport:
@@ -39,8 +51,8 @@ def start_from_pretrained(recipe: Recipe, network: UPSNet, categories: Categorie
     return report
 
 
-def load_trained(network: nn.Module, file: WeightFile, categories: Categories) -> None:
-    """Loads weights that must fit the network and the classes.
+def load_trained(recipe: Recipe, network: nn.Module, file: WeightFile, categories: Categories) -> None:
+    """Loads weights that must fit the network, the classes and, as far as the file tells, the recipe.
 
     Raises:
         WeightsError: they do not fit.
@@ -58,6 +70,21 @@ def load_trained(network: nn.Module, file: WeightFile, categories: Categories) -
                 f"use the data set that it was trained on"
             )
     load_into(network, file.state, str(file.path))
+    _check_unseen(recipe, file)
+
+
+def _check_unseen(recipe: Recipe, file: WeightFile) -> None:
+    """What the recipe inside a snapshot says of `UNSEEN` keys must be what this recipe says."""
+    if file.recipe is None:
+        return
+    was = read_section(file.recipe, f"the recipe inside {file.path}").get("network", {})
+    now = recipe.model_dump(mode="json")["network"]
+    for key in UNSEEN:
+        if key in was and was[key] != now[key]:
+            raise WeightsError(
+                f"{file.path} was trained with network.{key} {was[key]}, this recipe says {now[key]}: use the recipe "
+                f"that it was trained with"
+            )
 
 
 def fit(recipe: Recipe, file: WeightFile) -> Literal["--weight_path", "network.pretrained"] | None:

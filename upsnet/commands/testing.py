@@ -75,7 +75,7 @@ def test(recipe: Recipe, weights: Path | None = None, eval_only: bool = False) -
 def _fresh_predictions(recipe: Recipe, dataset: CocoPanoptic, weights: Path) -> Iterator[Prediction]:
     device = builders.choose_device(recipe)
     network = builders.build_network(recipe, dataset.categories)
-    builders.load_trained(network, read_weights(weights), dataset.categories)
+    builders.load_trained(recipe, network, read_weights(weights), dataset.categories)
     say_where(device)
     logger.info("testing %s on %d images of %s", weights, dataset.num_photos, recipe.dataset.dataset_path)
     _say_views(recipe)
