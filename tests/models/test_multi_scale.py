@@ -1,5 +1,6 @@
 """Several views of a photo: geometry, averages, and the whole network on them."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from upsnet.dataset.batches import collate
 from upsnet.dataset.transforms import Transform
 from upsnet.dataset.views import Views
 from upsnet.models.box_head import Candidates, DetectionOptions, decode_above, suppress
-from upsnet.models.multi_scale import Frame, carry_boxes, carry_scores, mix_masks, mix_scores
+from upsnet.models.multi_scale import LEAST, Frame, carry_boxes, carry_scores, mean_masks, mean_scores
 from upsnet.models.panoptic_head import fuse
 from upsnet.models.postprocess import detections_on_photo, merge_segments
 from upsnet.models.rpn import ProposalOptions, propose
@@ -88,15 +89,17 @@ def test_boxes_come_and_go_as_the_training_makes_them():
 
 
 @pytest.mark.parametrize("name", FRAMES)
-def test_scores_are_carried_cell_by_cell(name):
+def test_scores_are_carried_pixel_by_pixel(name):
     source = FRAMES[name]
     height, width = (-(-side // 32) * 8 for side in source.size)
     scores = torch.randn(3, height, width, generator=torch.Generator().manual_seed(1))
-    carried = carry_scores(scores, source, REFERENCE, (16, 24))
-    expected = twin.carried_scores(scores, view_of(source), view_of(REFERENCE), (16, 24))
-    close(carried, expected.float(), rtol=0, atol=1e-5)
+    expected = twin.carried_scores(scores, view_of(source), view_of(REFERENCE), (64, 96)).float()
+    close(carry_scores(scores, source, REFERENCE, range(64), range(96)), expected, rtol=0, atol=1e-5)
+    part = carry_scores(scores, source, REFERENCE, range(5, 31), range(90, 96))
+    close(part, expected[:, 5:31, 90:], rtol=0, atol=1e-5)
     if name == "same":
-        assert torch.equal(carried, scores)
+        enlarged = F.interpolate(scores[None], size=(64, 96), mode="bilinear", align_corners=False)[0]
+        close(expected, enlarged, rtol=0, atol=1e-5)  # as the plain path does
 
 
 @pytest.mark.parametrize("size", [(60, 85), (61, 64), (90, 47)])
@@ -111,18 +114,12 @@ def test_a_ramp_in_the_photo_lies_at_the_same_place_in_every_view(size, short_si
     # The means of 4×4 pixels stand for scores at stride 4.
     scores = [F.avg_pool2d(collate([view]).images, 4)[0] for view in views]
     frames = [frame_of(view) for view in views]
-    inner = (slice(None), slice(2, frames[0].size[0] // 4 - 2), slice(2, frames[0].size[1] // 4 - 2))
-    expected = torch.stack(
-        [
-            torch.full((inner[1].stop, inner[2].stop), 7.0),
-            2 * ((torch.arange(inner[1].stop) * 4 + 2) / frames[0].scale - 0.5)[:, None].expand(-1, inner[2].stop),
-            ((torch.arange(inner[2].stop) * 4 + 2) / frames[0].scale - 0.5).expand(inner[1].stop, -1),
-        ]
-    )
+    rows, columns = (range(12, side - 12) for side in frames[0].size)
+    y, x = ((torch.tensor(pixels) + 0.5) / frames[0].scale - 0.5 for pixels in (rows, columns))
+    expected = torch.stack(torch.broadcast_tensors(torch.tensor(7.0), 2 * y[:, None], x))
     assert len(views) == (4 if flip else 2)
     for score, frame in zip(scores, frames, strict=True):
-        carried = carry_scores(score, frame, frames[0], (scores[0].shape[1], scores[0].shape[2]))
-        close(carried[inner], expected[inner], rtol=0, atol=1e-3)
+        close(carry_scores(score, frame, frames[0], rows, columns), expected, rtol=0, atol=1e-3)
 
 
 # -- averages ----------------------------------------------------------------------------------------------------------
@@ -140,43 +137,55 @@ def logits_of(kind, count=5):
     return views
 
 
-def mixed(views, mix):
-    mean = views[0]
-    for count, view in enumerate(views[1:], start=1):
-        mean = mix(mean, view, count)
-    return mean
+def mean_of(views):
+    """Of S×h×w scores that lie alike."""
+    frames = [Frame((4 * views[0].shape[1], 4 * views[0].shape[2]), 1.0, False, 4 * views[0].shape[2])] * len(views)
+    return mean_scores(views, frames, frames[0].size)
+
+
+def enlarged(scores):
+    return F.interpolate(scores[None], scale_factor=4, mode="bilinear", align_corners=False)[0]
 
 
 @pytest.mark.parametrize("kind", ["random", "of one class", "the same"])
-@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("count", [2, 5])
 def test_class_probabilities_are_averaged(kind, count):
     views = logits_of(kind, count)
-    mean = mixed(views, mix_scores)
+    mean, views = mean_of(views), [enlarged(view) for view in views]
     close(mean, twin.mean_scores(views).float(), rtol=1e-5, atol=1e-5)
     close(mean.softmax(0), torch.stack(views).softmax(1).mean(0), rtol=1e-5, atol=1e-6)
     close(mean.logsumexp(0), torch.stack(views).logsumexp(1).mean(0), rtol=1e-5, atol=1e-5)
     if kind == "the same":
         close(mean, views[0], rtol=0, atol=1e-5)
-    assert count > 1 or torch.equal(mean, views[0])
 
 
-@pytest.mark.parametrize("kind", ["random", "the same"])
-@pytest.mark.parametrize("count", [1, 2, 5])
+def test_scores_of_more_rows_than_a_strip():
+    views = [torch.randn(2, 40, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    close(mean_of(views), twin.mean_scores([enlarged(view) for view in views]).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["random", "the same", "at odds"])
+@pytest.mark.parametrize("count", [2, 5])
 def test_mask_probabilities_are_averaged(kind, count):
     views = logits_of(kind, count)
-    mean = mixed(views, mix_masks)
+    mean = mean_masks(views)
     close(mean, twin.mean_masks(views).float(), rtol=1e-5, atol=1e-5)
     close(mean.sigmoid(), torch.stack(views).sigmoid().mean(0), rtol=1e-5, atol=1e-6)
-    assert count > 1 or torch.equal(mean, views[0])
+    assert mean.isfinite().all() and mean_masks([torch.zeros(0, 28, 28)] * count).shape == (0, 28, 28)
 
 
-@pytest.mark.parametrize("mix", [mix_scores, mix_masks])
-def test_nothing_overflows_however_sure_views_are(mix):
-    mean = mixed(logits_of("at odds"), mix)
-    assert mean.isfinite().all()
-    alike = mixed([logits_of("at odds")[0]] * 3, mix)
-    close(alike, logits_of("at odds")[0], rtol=1e-5, atol=1e-4)
-    assert mix(torch.zeros(3, 0, 5), torch.zeros(3, 0, 5), 1).shape == (3, 0, 5)
+def test_one_view_is_left_as_it_is():
+    scores = torch.randn(3, 16, 24)
+    assert mean_scores([scores], [REFERENCE], (64, 96)) is scores and mean_masks([scores]) is scores
+
+
+def test_classes_without_probability_keep_a_finite_logit():
+    views = logits_of("at odds")
+    mean, views = mean_of(views), [enlarged(view) for view in views]
+    expected = twin.mean_scores(views).float()
+    least = torch.stack(views).logsumexp(1).mean(0) + math.log(LEAST)
+    assert mean.isfinite().all() and (expected < least).any() and (expected > least).any()
+    close(mean, torch.maximum(expected, least), rtol=1e-5, atol=1e-4)
 
 
 # -- the network -------------------------------------------------------------------------------------------------------
@@ -306,15 +315,15 @@ def test_a_mirrored_photo_gives_the_mirrored_scores_boxes_and_masks(short_sides,
         for each in (photo, photo[:, ::-1]):
             network(collate([views.sample(each)]))
         (scores, _, found, masks, *_), (back_scores, _, back, back_masks, *_) = given[-2:]
-        # 10×13 cells; those at the ends mix in what lies in the padding at the right, as in the plain path.
-        back_scores = back_scores[:, :10, :13].flip(2)
-        close(scores[:, :10, 1:12], back_scores[:, :, 1:12], rtol=0, atol=1e-4)
+        # The two pixels at the right mix in what lies in the padding, as in the plain path.
+        back_scores = back_scores[:, :40, :52].flip(2)
+        close(scores[:, :40, 2:50], back_scores[:, :, 2:50], rtol=0, atol=1e-4)
         x1, y1, x2, y2 = back.boxes.unbind(1)
-        assert len(found) > 2
         close(found.boxes, torch.stack([51 - x2, y1, 51 - x1, y2], dim=1), rtol=0, atol=1e-3)
         close(found.scores, back.scores, rtol=0, atol=1e-5)
         assert torch.equal(found.classes, back.classes)
         close(masks, back_masks.flip(2), rtol=0, atol=1e-3)
+    assert sum(len(candidates) for _, _, candidates, *_ in given) > 20
 
 
 @torch.no_grad()

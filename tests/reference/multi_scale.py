@@ -1,4 +1,4 @@
-"""Slow, obvious twin of the fusion of views: one photo, one view, box, cell at a time, in double precision."""
+"""Slow, obvious twin of the fusion of views: one photo, one view, box, pixel at a time, in double precision."""
 
 import math
 
@@ -32,38 +32,38 @@ def box_in_view(box, view):
 
 
 def carried_scores(scores, view, reference, shape):
-    """S×h×w scores of a view on the reference's cells."""
+    """S×h×w scores of a view at stride 4 at the reference's pixels."""
     scores = scores.double().numpy()
-    cells = np.empty((len(scores), *shape))
+    height, width = scores.shape[1:]
+    pixels = np.empty((len(scores), *shape))
     for row in range(shape[0]):
         for column in range(shape[1]):
-            y, x = ((k + 0.5) * 4 / reference.scale for k in (row, column))  # in the photo, from its edge
+            y, x = (row + 0.5) / reference.scale, (column + 0.5) / reference.scale  # in the photo, from its edge
             if view.flipped != reference.flipped:
                 x = view.original_size[1] - x
-            v, u = (
-                min(max(place * view.scale / 4 - 0.5, 0), length - 1)
-                for place, length in zip((y, x), scores.shape[1:], strict=True)
-            )
-            top, left = math.floor(v + 1e-9), math.floor(u + 1e-9)
-            bottom, right = min(top + 1, scores.shape[1] - 1), min(left + 1, scores.shape[2] - 1)
+            v = min(max(y * view.scale / 4 - 0.5, 0), height - 1)
+            u = min(max(x * view.scale / 4 - 0.5, 0), width - 1)
+            top, left = math.floor(v), math.floor(u)
+            bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
             upper = scores[:, top, left] * (1 - (u - left)) + scores[:, top, right] * (u - left)
             lower = scores[:, bottom, left] * (1 - (u - left)) + scores[:, bottom, right] * (u - left)
-            cells[:, row, column] = upper * (1 - (v - top)) + lower * (v - top)
-    return torch.from_numpy(cells)
+            pixels[:, row, column] = upper * (1 - (v - top)) + lower * (v - top)
+    return torch.from_numpy(pixels)
 
 
 def mean_scores(views):
-    """Logits of the mean of the softmax of S×h×w scores, at the mean of their levels."""
+    """Logits of the mean of the softmax of S×H×W scores, at the mean of their levels."""
     views = [view.double() for view in views]
     probabilities = sum(view.softmax(dim=0) for view in views) / len(views)
-    level = sum(view.exp().sum(dim=0).log() for view in views) / len(views)
+    level = sum(view.logsumexp(dim=0) for view in views) / len(views)
     return probabilities.log() + level
 
 
 def mean_masks(views):
     """Logits of the mean of the sigmoid of mask logits."""
-    mean = sum(1 / (1 + (-view.double()).exp()) for view in views) / len(views)
-    return (mean / (1 - mean)).log()
+    inside = sum(1 / (1 + (-view.double()).exp()) for view in views) / len(views)
+    outside = sum(1 / (1 + view.double().exp()) for view in views) / len(views)
+    return (inside / outside).log()
 
 
 def select(found, options, threshold, class_agnostic):
@@ -117,9 +117,9 @@ def predict(network, views):
     reference, options = views[0], network.selection
     features = [network.features(collate([view]).images) for view in views]
     levels = [each.levels for each in features]
-    shape = tuple(features[0].scores.shape[2:])
+    size = tuple(collate([reference]).images.shape[2:])
     scores = mean_scores(
-        [carried_scores(each.scores[0], view, reference, shape) for each, view in zip(features, views, strict=True)]
+        [carried_scores(each.scores[0], view, reference, size) for each, view in zip(features, views, strict=True)]
     )
     found = [
         (score, label, box_in_view(box, reference))
@@ -130,7 +130,7 @@ def predict(network, views):
     candidates = select(found, options.detections, options.panoptic_score_threshold, class_agnostic=True)
     masks = [masks_of(network, levels, views, each) for each in (detections, candidates)]
     channels, semantic, kept = fuse(
-        scores.float(), candidates.boxes, candidates.classes, masks[1], network.num_stuff, network.has_unknown
+        scores.float(), candidates.boxes, candidates.classes, masks[1], network.num_stuff, network.has_unknown, stride=1
     )
     height, width = reference.size
     channels, semantic = (

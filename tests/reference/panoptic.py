@@ -86,9 +86,9 @@ def remove_hidden(boxes, classes, mask_logits, size):
     return kept
 
 
-def fuse(scores, boxes, classes, mask_logits, num_stuff, unknown):
+def fuse(scores, boxes, classes, mask_logits, num_stuff, unknown, stride=4):
     """Channels and semantic map from the whole (stuff + N + 1)×H×W tensor; also the kept positions."""
-    size = (scores.shape[1] * 4, scores.shape[2] * 4)
+    size = (scores.shape[1] * stride, scores.shape[2] * stride)
     full = F.interpolate(scores[None], size=size, mode="bilinear", align_corners=False)[0]
     kept = remove_hidden(boxes, classes, mask_logits, size)
     masks = [mask_plane(mask_logits[i], boxes[i].tolist(), size) for i in kept]

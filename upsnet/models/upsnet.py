@@ -10,7 +10,7 @@ from upsnet.models.box_head import BoxHead, Candidates, DetectionOptions, box_lo
 from upsnet.models.fpn import FPN
 from upsnet.models.mask_head import MaskHead, mask_loss
 from upsnet.models.matching import AnchorSampling, RoISampling, SampledRoIs, mask_targets, sample_rois
-from upsnet.models.multi_scale import Frame, carry_boxes, carry_scores, mix_masks, mix_scores
+from upsnet.models.multi_scale import Frame, carry_boxes, mean_masks, mean_scores
 from upsnet.models.panoptic_head import (
     PanopticMap,
     fuse,
@@ -66,6 +66,18 @@ class Features:
     levels: list[Tensor]
     rpn: RPNOutput
     scores: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What was seen of one photo, view by view, the reference first.
+
+    scores: S×h×w semantic scores at stride 4. candidates: their boxes lie in the reference.
+    """
+
+    frames: list[Frame]
+    scores: list[Tensor] = field(default_factory=list)
+    candidates: list[Candidates] = field(default_factory=list)
 
 
 class UPSNet(nn.Module):
@@ -205,21 +217,15 @@ class UPSNet(nn.Module):
         """Looks at every view, the batch itself first (often the only one), and fuses them as `multi_scale` says."""
         views = [batch, *batch.views]
         levels: list[list[Tensor]] = []
-        scores: list[Tensor] = []
-        found: list[list[Candidates]] = [[] for _ in range(len(batch))]
-        for number, view in enumerate(views):
+        photos = [Seen([Frame.of(view, image) for view in views]) for image in range(len(batch))]
+        for view in views:
             features = self.features(view.images)
             levels.append(features.levels)
-            for image, candidates in enumerate(self._candidates(features, view)):
-                source, target = Frame.of(view, image), Frame.of(batch, image)
-                found[image].append(replace(candidates, boxes=carry_boxes(candidates.boxes, source, target)))
-                own = features.scores[image]
-                if number == 0:
-                    scores.append(own)
-                else:
-                    carried = carry_scores(own, source, target, (scores[image].shape[1], scores[image].shape[2]))
-                    scores[image] = mix_scores(scores[image], carried, number)
-        return self._fuse(batch, levels, scores, [Candidates.joined(parts) for parts in found])
+            for image, (seen, found) in enumerate(zip(photos, self._candidates(features, view), strict=True)):
+                boxes = carry_boxes(found.boxes, Frame.of(view, image), seen.frames[0])
+                seen.candidates.append(replace(found, boxes=boxes))
+                seen.scores.append(features.scores[image])
+        return self._fuse(batch, levels, photos)
 
     def _candidates(self, features: Features, view: Batch) -> list[Candidates]:
         """For each image of a view all boxes that may become an instance."""
@@ -237,22 +243,22 @@ class UPSNet(nn.Module):
             for of_image in zip(proposals, probabilities.split(counts), deltas.split(counts), view.sizes, strict=True)
         ]
 
-    def _fuse(
-        self, batch: Batch, levels: list[list[Tensor]], scores: list[Tensor], found: list[Candidates]
-    ) -> list[Prediction]:
-        """levels: P2..P5 of each view. scores, found: of each image, from all views."""
+    def _fuse(self, batch: Batch, levels: list[list[Tensor]], photos: list[Seen]) -> list[Prediction]:
+        """levels: P2..P5 of each view."""
         weak = self.selection.detections
         strong = replace(weak, score_threshold=self.selection.panoptic_score_threshold)
+        found = [Candidates.joined(seen.candidates) for seen in photos]
         detections = [suppress(boxes, weak, class_agnostic=False) for boxes in found]
         candidates = [suppress(boxes, strong, class_agnostic=True) for boxes in found]
-        masks = self._mask_logits(batch, levels, [*detections, *candidates])
+        masks = self._mask_logits(levels, photos, [*detections, *candidates])
+        size = (batch.images.shape[-2], batch.images.shape[-1])
         predictions = []
-        for image in range(len(batch)):
+        for image, seen in enumerate(photos):
             fused = fuse(
-                scores[image],
-                (batch.images.shape[-2], batch.images.shape[-1]),
+                mean_scores(seen.scores, seen.frames, size),
+                size,
                 candidates[image],
-                masks[len(batch) + image],
+                masks[len(photos) + image],
                 self.num_stuff,
                 self.has_unknown,
             )
@@ -263,24 +269,19 @@ class UPSNet(nn.Module):
             predictions.append(prediction)
         return predictions
 
-    def _mask_logits(self, batch: Batch, levels: list[list[Tensor]], found: list[Candidates]) -> list[Tensor]:
-        """For each entry of `found` N×M×M mask logits, from all views; entries k and B + k lie in image k."""
-        images = [k % len(batch) for k in range(len(found))]
+    def _mask_logits(self, levels: list[list[Tensor]], photos: list[Seen], found: list[Candidates]) -> list[Tensor]:
+        """For each entry of `found` N×M×M mask logits, from all views; entries k and k + B lie in photo k."""
+        frames = [seen.frames for seen in photos] * (len(found) // len(photos))
         classes = torch.cat([f.classes for f in found])
-        mean = None
-        for number, view in enumerate([batch, *batch.views]):
-            boxes = [
-                carry_boxes(f.boxes, Frame.of(batch, image), Frame.of(view, image))
-                for f, image in zip(found, images, strict=True)
-            ]
+        logits = []
+        for number, of_view in enumerate(levels):
+            boxes = [carry_boxes(f.boxes, own[0], own[number]) for f, own in zip(found, frames, strict=True)]
             rois = _join(boxes)
-            rois[:, 0] %= len(batch)
-            logits = self.mask_head(levels[number], rois, classes)
-            mirrored = torch.tensor(view.flipped, device=logits.device)[rois[:, 0].long()]
-            logits = torch.where(mirrored[:, None, None], logits.flip(-1), logits)
-            mean = logits if mean is None else mix_masks(mean, logits, number)
-        assert mean is not None
-        return list(mean.split([len(f) for f in found]))
+            mirrored = torch.tensor([own[number].flipped for own in frames], device=rois.device)[rois[:, 0].long()]
+            rois[:, 0] %= len(photos)  # detections and candidates of one photo share its features
+            masks = self.mask_head(of_view, rois, classes)
+            logits.append(torch.where(mirrored[:, None, None], masks.flip(-1), masks))
+        return list(mean_masks(logits).split([len(f) for f in found]))
 
     def _on_photo(self, fused: PanopticMap, batch: Batch, image: int) -> Prediction:
         (height, width), original = batch.sizes[image], batch.original_sizes[image]
