@@ -59,7 +59,7 @@ def test_photos_that_differ_in_any_view_do_not_meet(tmp_path):
     assert {size[0] for size in sizes} == {(64, 64)} and {size[1] for size in sizes} == {(64, 96), (64, 128)}
     assert list(SamePaddedSizeSampler(sizes, 4)) == [[0, 3, 4], [1, 2]]
     photos = PhotoViews(photos_in(tmp_path), views)
-    loader = BatchLoader(photos, SamePaddedSizeSampler(photos.padded_sizes(), 3))
+    loader = BatchLoader(photos, SamePaddedSizeSampler(photos.padded_sizes(), 3), num_workers=1)
     seen = 0
     for batch in loader:
         assert len(batch.views) == 3 and not any(batch.flipped)
