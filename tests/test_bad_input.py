@@ -210,6 +210,14 @@ def test_weights_of_another_class_table(folder):
     test(folder, says=[trained, "'ball' (id 90) there and 'globe' (id 90) in the data", "use the data set"])
 
 
+def test_resuming_with_other_classes_or_anchors(folder):
+    resume = ("train", "train.resume=true", "train.begin_iteration=2", "train.max_iteration=3")
+    refused(folder, *resume, "network.anchor_ratios=[0.4, 1, 2]", says=["tiny_2.pth", "network.anchor_ratios"])
+    path = folder / JSON.format("train")
+    path.write_text(path.read_text().replace('"ball"', '"globe"'))
+    refused(folder, *resume, says=["tiny_2.pth", "'ball' (id 90) there and 'globe' (id 90) in the data"])
+
+
 def test_missing_weights(folder):
     with_weights(folder, folder / "lost.pth", [folder / "lost.pth", "there is no weight file", "check the path"])
     refused(folder, "test", "test.test_iteration=5", says=["tiny_5.pth", "there is no weight file"])

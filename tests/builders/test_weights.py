@@ -9,7 +9,7 @@ import torchvision
 
 from tests.checkpoints.weights import small_network, small_recipe
 from upsnet import builders
-from upsnet.builders.weights import UNSEEN
+from upsnet.builders.weights import CONVENTION, UNSEEN
 from upsnet.checkpoints.files import read_weights
 from upsnet.config import dump_recipe
 from upsnet.structures.categories import Categories, Category
@@ -165,12 +165,37 @@ OTHERS = {
 }  # fmt: skip
 
 
-def test_what_no_tensor_shows_must_be_as_in_training(tmp_path):
+@pytest.fixture(scope="module")
+def with_recipe(tmp_path_factory):
     recipe = small_recipe()
-    file = snapshot(tmp_path / "s.pth", small_network(recipe, COCO), COCO, dump_recipe(recipe))
+    path = tmp_path_factory.mktemp("weights") / "s.pth"
+    return snapshot(path, small_network(recipe, COCO), COCO, dump_recipe(recipe))
+
+
+def test_what_no_tensor_shows_must_be_as_in_training(with_recipe):
     assert OTHERS.keys() == set(UNSEEN)
     for key, other in OTHERS.items():
         changed = small_recipe("upsnet_resnet50_coco_16gpu", f"network.{key}={other}")
         with pytest.raises(WeightsError, match=f"trained with network.{key} .*, this recipe says"):
-            builders.load_trained(changed, builders.build_network(changed, COCO), file, COCO)
-    builders.load_trained(recipe, builders.build_network(recipe, COCO), file, COCO)
+            builders.load_trained(changed, builders.build_network(changed, COCO), with_recipe, COCO)
+    recipe = small_recipe()
+    builders.load_trained(recipe, builders.build_network(recipe, COCO), with_recipe, COCO)
+
+
+@pytest.mark.parametrize("key", UNSEEN)
+def test_a_start_from_trained_weights_keeps_input_and_strides_of_the_backbone(with_recipe, key):
+    change = f"network.{key}={OTHERS[key]}"
+    if key in CONVENTION:
+        with pytest.raises(WeightsError, match=f"trained with network.{key} True, this recipe says False: set"):
+            start(with_recipe.path, change)
+    else:
+        start(with_recipe.path, change)
+
+
+def test_what_a_file_fits(with_recipe, resnet50):
+    assert builders.fit(small_recipe(), with_recipe) == "--weight_path"
+    for key, other in OTHERS.items():
+        changed = small_recipe("upsnet_resnet50_coco_16gpu", f"network.{key}={other}")
+        assert builders.fit(changed, with_recipe) == (None if key in CONVENTION else "network.pretrained")
+    assert builders.fit(small_recipe("upsnet_resnet50_cityscapes_16gpu"), with_recipe) == "network.pretrained"
+    assert builders.fit(small_recipe(), read_weights(resnet50)) is None

@@ -109,12 +109,16 @@ class RunsCode:
 
 
 ZIP, OLD = torch_bytes(STATE), torch_bytes(STATE, **LEGACY)
+OURS = {"weights": STATE, "format_version": 1}
+CHANGED = ZIP.replace(torch.arange(300.0).numpy().tobytes(), torch.arange(1, 301.0).numpy().tobytes())
+assert CHANGED != ZIP
 FAULTS = {
     "text": (b"hello, I am a text file\n", "not a weight file: it begins with b'hello"),
     "web page": (b"<!DOCTYPE html><html>", "not a weight file"),
     "empty": (b"", "not a weight file"),
     "other pickle": (pickle.dumps({"a": 1}), "not a weight file"),
     "zip without end": (ZIP[: len(ZIP) // 2], "cut off or damaged"),
+    "zip of which bytes changed": (CHANGED, "cut off or damaged"),
     "zip without its last bytes": (ZIP[:-10], "cut off or damaged"),
     "legacy without end": (OLD[: len(OLD) // 2], "cut off or damaged"),
     "legacy, only the start": (OLD[:80], "cut off or damaged"),
@@ -123,9 +127,16 @@ FAULTS = {
     "code, legacy": (torch_bytes({"a": RunsCode()}, **LEGACY), r"may run code \((posix|nt)\.system\)"),
     "NaN": (torch_bytes({"fine": torch.ones(2), "bad.weight": torch.tensor([1, torch.nan])}), "NaN .* bad.weight"),
     "infinity": (torch_bytes({"bad": torch.tensor([-torch.inf], dtype=torch.float16)}), "infinite .* bad"),
+    "too large for float32": (torch_bytes({"bad": torch.tensor([1e300], dtype=torch.float64)}), "infinite .* bad"),
+    "float8, NaN": (torch_bytes({"bad": torch.tensor([torch.nan]).to(torch.float8_e4m3fn)}), "NaN .* bad"),
+    "sparse": (torch_bytes({"bad": torch.ones(2).to_sparse()}), "something else than real numbers in bad"),
+    "complex": (torch_bytes({"bad": torch.ones(2, dtype=torch.complex64)}), "something else than real numbers in bad"),
+    "without memory": (torch_bytes({"bad": torch.ones(2, device="meta")}), "something else than real numbers in bad"),
     "no tensors": (torch_bytes({"epoch": 3}), "no tensors by name"),
     "a list": (torch_bytes([torch.ones(1)]), "no tensors by name"),
     "from the future": (torch_bytes({"weights": STATE, "format_version": 99}), "format version 99"),
+    "recipe of another type": (torch_bytes({**OURS, "recipe": 7}), "entry 'recipe' is 7"),
+    "step of another type": (torch_bytes({**OURS, "iteration": "x"}), "entry 'iteration' is 'x'"),
 }
 
 

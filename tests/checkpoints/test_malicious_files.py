@@ -119,7 +119,7 @@ def test_the_training_state_of_a_snapshot(marker, tmp_path):
         for form, data in files(payload):
             (tmp_path / "x_1.state.pth").write_bytes(data)
             with pytest.raises(WeightsError, match=r"x_1\.state\.pth"):
-                resume(tmp_path / "x_1.pth", network, torch.optim.SGD(network.parameters(), lr=1.0))
+                resume(tmp_path / "x_1.pth", torch.optim.SGD(network.parameters(), lr=1.0))
             assert not marker.exists(), form
 
 

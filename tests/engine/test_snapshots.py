@@ -8,6 +8,7 @@ import torch
 
 from tests.engine.toy import OPTIONS, Toy, batches, same_weights
 from upsnet.checkpoints.files import read_weights
+from upsnet.checkpoints.loading import load_into
 from upsnet.engine.optimizer import build_optimizer
 from upsnet.engine.snapshots import ResumeState, Snapshots, resume, state_path
 from upsnet.engine.train import train
@@ -43,7 +44,8 @@ def test_ten_steps_are_five_and_five_byte_for_byte(snapshots, kind, precision):
     with torch.no_grad():
         again.conv.weight.zero_()
     optimizer = build_optimizer(again, kind)
-    start = resume(snapshots.path(5), again, optimizer)
+    start = resume(snapshots.path(5), optimizer)
+    load_into(again, read_weights(snapshots.path(5)).state, "5")
     assert (start.iteration, start.seed) == (5, 1)
     train(again, batches(4, first_step=5), optimizer, options, snapshots, start=start)
     assert same_weights(whole, again)
@@ -131,20 +133,20 @@ def test_stopped_between_the_renames_is_no_complete_pair(snapshots, monkeypatch)
     assert [p.name for p in snapshots.folder.iterdir()] == [path.name]
     with pytest.raises(WeightsError, match=r"toy_4\.state\.pth is missing"):
         network = Toy()
-        resume(path, network, build_optimizer(network))
+        resume(path, build_optimizer(network))
 
 
 def test_what_can_be_resumed_is_listed(snapshots):
     network = Toy()
     with pytest.raises(WeightsError, match=r"toy_10\.pth is missing, .* train from the start without train\.resume"):
-        resume(snapshots.path(10), network, build_optimizer(network))
+        resume(snapshots.path(10), build_optimizer(network))
     for iteration in (2, 12, 4):
         snapshots.save(network, build_optimizer(network), ResumeState(iteration, 1))
     state_path(snapshots.path(4)).unlink()
     with pytest.raises(WeightsError, match=r"toy_10\.pth is missing.* a complete one \(toy_2\.pth, toy_12\.pth\)"):
-        resume(snapshots.path(10), network, build_optimizer(network))
+        resume(snapshots.path(10), build_optimizer(network))
     with pytest.raises(WeightsError, match=r"toy_4\.state\.pth is missing.* \(toy_2\.pth, toy_12\.pth\)"):
-        resume(snapshots.path(4), network, build_optimizer(network))
+        resume(snapshots.path(4), build_optimizer(network))
 
 
 def test_unwritable_place(tmp_path):
@@ -157,21 +159,24 @@ def test_resume_that_does_not_fit(snapshots):
     path = save(snapshots)
     network = Toy()
     with pytest.raises(WeightsError, match=r"CaffeSGD.*AdamW"):
-        resume(path, network, build_optimizer(network, "adamw"))
+        resume(path, build_optimizer(network, "adamw"))
     network.head.requires_grad_(False)
     with pytest.raises(WeightsError, match="trainable parameters"):
-        resume(path, network, build_optimizer(network))
+        resume(path, build_optimizer(network))
     with pytest.raises(WeightsError, match=r"toy_99\.pth is missing"):
-        resume(snapshots.path(99), network, build_optimizer(network))
+        resume(snapshots.path(99), build_optimizer(network))
+    torch.save({**torch.load(state_path(path), weights_only=True), "format_version": 99}, state_path(path))
+    with pytest.raises(WeightsError, match=r"toy_4\.state\.pth has format version 99"):
+        resume(path, build_optimizer(Toy()))
     torch.save({"epoch": 1}, state_path(path))
     with pytest.raises(WeightsError, match="not the training state"):
-        resume(path, network, build_optimizer(network))
+        resume(path, build_optimizer(network))
 
 
 def test_another_seed_is_told(snapshots, caplog):
     network = Toy()
     optimizer = build_optimizer(network)
-    start = resume(save(snapshots), network, optimizer)
+    start = resume(save(snapshots), optimizer)
     train(network, batches(4), optimizer, replace(OPTIONS, seed=9, max_iteration=5), start=start)
     assert "seed 1" in caplog.text and "seed 9" in caplog.text
 
@@ -186,5 +191,6 @@ def test_snapshots_of_a_gpu_are_read_without_one(snapshots, precision):
     for device in ("cpu", "cuda"):
         again = Toy().to(device)
         optimizer = build_optimizer(again)
-        assert resume(snapshots.path(5), again, optimizer).iteration == 5
+        assert resume(snapshots.path(5), optimizer).iteration == 5
+        load_into(again, read_weights(snapshots.path(5)).state, "5")
         assert same_weights(again.cpu(), network.cpu())

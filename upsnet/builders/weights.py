@@ -1,6 +1,7 @@
 """From a recipe to weights in its network: pretrained ones to start from, or trained ones that must fit."""
 
 import logging
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, get_args
@@ -33,6 +34,9 @@ UNSEEN = (
 )
 """Keys of `network` on which trained weights depend without any tensor showing it."""
 
+CONVENTION = ("use_caffe_model", "backbone_stride_in_1x1")
+"""Those of them on which a backbone depends: its input and its strides."""
+
 
 def start_from_pretrained(recipe: Recipe, network: UPSNet, categories: Categories) -> LoadReport:
     """Puts the weights of `network.pretrained`, which must be set, into the network, and logs what became of them.
@@ -45,6 +49,8 @@ def start_from_pretrained(recipe: Recipe, network: UPSNet, categories: Categorie
     logger.info("network.pretrained %s: %s, %d tensors", file.path, file.kind, len(file.state))
     if file.kind is Kind.RESNET:
         _check_convention(recipe, file)
+    elif differences := _unseen_differences(recipe, file, CONVENTION):
+        raise WeightsError(f"{file.path} was trained with {differences[0]}: set the recipe to the file's convention")
     report = load_pretrained(network, file, categories, recipe.seed)
     for line in report.lines():
         logger.info("network.pretrained %s", line)
@@ -70,25 +76,25 @@ def load_trained(recipe: Recipe, network: nn.Module, file: WeightFile, categorie
                 f"use the data set that it was trained on"
             )
     load_into(network, file.state, str(file.path))
-    _check_unseen(recipe, file)
+    if differences := _unseen_differences(recipe, file, UNSEEN):
+        raise WeightsError(f"{file.path} was trained with {differences[0]}: use the recipe that it was trained with")
 
 
-def _check_unseen(recipe: Recipe, file: WeightFile) -> None:
-    """What the recipe inside a snapshot says of `UNSEEN` keys must be what this recipe says."""
+def _unseen_differences(recipe: Recipe, file: WeightFile, keys: Sequence[str]) -> list[str]:
+    """Keys of `network` of which the recipe inside a snapshot says something else than this recipe, in words."""
     if file.recipe is None:
-        return
-    was = read_section(file.recipe, f"the recipe inside {file.path}").get("network", {})
+        return []
+    was = read_section(file.recipe, f"the recipe inside {file.path}").get("network")
     now = recipe.model_dump(mode="json")["network"]
-    for key in UNSEEN:
-        if key in was and was[key] != now[key]:
-            raise WeightsError(
-                f"{file.path} was trained with network.{key} {was[key]}, this recipe says {now[key]}: use the recipe "
-                f"that it was trained with"
-            )
+    return [
+        f"network.{key} {was[key]}, this recipe says {now[key]}"
+        for key in keys
+        if isinstance(was, dict) and key in was and was[key] != now[key]
+    ]
 
 
 def fit(recipe: Recipe, file: WeightFile) -> Literal["--weight_path", "network.pretrained"] | None:
-    """What a file can be to a recipe, by names, shapes and classes; nothing is loaded.
+    """What a file can be to a recipe, by names, shapes, classes and the recipe it carries; nothing is loaded.
 
     Weights that fit as --weight_path do as network.pretrained, too. A ResNet's convention is not looked at.
     """
@@ -98,15 +104,16 @@ def fit(recipe: Recipe, file: WeightFile) -> Literal["--weight_path", "network.p
     with torch.device("meta"):
         own = build_network(recipe, categories).state_dict()
     report = compare(own, file.state)
-    if backbone_differences(report):
+    if backbone_differences(report) or _unseen_differences(recipe, file, CONVENTION):
         return None
     has_these = file.categories is None or file.categories.same_classes(categories)
-    return "network.pretrained" if report.differences() or not has_these else "--weight_path"
+    is_whole = has_these and not report.differences() and not _unseen_differences(recipe, file, UNSEEN)
+    return "--weight_path" if is_whole else "network.pretrained"
 
 
 def _unnamed_classes(counts: tuple[int, int]) -> Categories:
     """A class table of these counts, C and S."""
-    num_things, num_all = max(counts[0] - 1, 1), counts[1]
+    num_things, num_all = max(counts[0] - 1, 1), max(counts[1], 1)
     return Categories(Category(i, str(i), i < num_things, (0, 0, 0)) for i in range(num_all))
 
 

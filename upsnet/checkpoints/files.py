@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -40,7 +41,10 @@ _SCALARS: list[Any] = [
 ]
 
 # What torch.load raises on a file that begins well and then is cut off or garbled.
-_DAMAGE = (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError, IndexError, TypeError, AttributeError)
+_DAMAGE = (
+    zipfile.BadZipFile, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError, IndexError, TypeError,
+    AttributeError,
+)  # fmt: skip
 
 _WRAPPERS = ("state_dict", "model")
 """Entries under which others keep the weights."""
@@ -131,6 +135,9 @@ def load_safely(path: Path) -> Any:
         # An open file, since torch goes by the suffix of a path.
         with open(path, "rb") as file, torch.serialization.safe_globals(_SCALARS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if _is_zip(start) and zipfile.ZipFile(file).testzip():  # torch does not look at the checksums
+                raise zipfile.BadZipFile
+            file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise _not_readable(path, error) from error
@@ -142,6 +149,15 @@ def load_safely(path: Path) -> Any:
                 f"({unsafe[1] or unsafe[2]}): save it again as a plain dictionary of tensors"
             ) from error
         raise WeightsError(f"{path} is cut off or damaged: download or copy it again") from error
+
+
+def check_version(entries: Mapping[str, Any], path: Path) -> None:
+    """Refuses a file of ours that a later program wrote."""
+    version = entries.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise WeightsError(
+            f"{path} has format version {version!r}, this program reads up to {FORMAT_VERSION}: update the program"
+        )
 
 
 def _load(path: Path) -> tuple[Any, str]:
@@ -163,11 +179,10 @@ def _record(entries: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     """The entries if they are those of a file of ours, else nothing."""
     if not {"weights", "format_version"} <= entries.keys():
         return {}
-    version = entries["format_version"]
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise WeightsError(
-            f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}: update the program"
-        )
+    check_version(entries, path)
+    for entry, kind in (("recipe", str), ("iteration", int)):
+        if not isinstance(entries.get(entry), kind | None):
+            raise WeightsError(f"{path}: its entry '{entry}' is {entries[entry]!r:.60}: use another file")
     return entries
 
 
@@ -185,7 +200,7 @@ def _kind(names: Collection[str]) -> Kind:
 
 def _class_counts(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
     boxes, semantic = state.get("box_head.class_logits.bias"), state.get("semantic_head.score.bias")
-    return None if boxes is None or semantic is None else (len(boxes), len(semantic))
+    return None if boxes is None or semantic is None else (boxes.numel(), semantic.numel())
 
 
 def _tensors(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -195,10 +210,13 @@ def _tensors(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, int
     if not stored:
         raise WeightsError(f"{path} holds no tensors by name: a dictionary of tensors (state_dict) is wanted")
     for name, tensor in stored.items():
-        if not torch.isfinite(tensor).all():
-            raise WeightsError(f"{path} holds NaN or infinite values in {name}: use another file")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
+            raise WeightsError(f"{path} holds something else than real numbers in {name}: save it as a dense tensor")
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in stored.values())
     state = {name: t.detach().float() if t.is_floating_point() else t for name, t in stored.items()}
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise WeightsError(f"{path} holds NaN or infinite values in {name}: use another file")
     return state, dict(dtypes)
 
 

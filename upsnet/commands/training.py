@@ -9,6 +9,7 @@ from torch import nn
 
 from upsnet import builders
 from upsnet.checkpoints.download_weights import command_for
+from upsnet.checkpoints.files import read_weights
 from upsnet.commands.startup import say_how_many_workers, say_where
 from upsnet.config import Recipe, dump_recipe, paths
 from upsnet.dataset.coco_panoptic import CocoPanoptic
@@ -77,7 +78,9 @@ def _starting_point(
 ) -> ResumeState | None:
     """Puts weights into the network: those of the snapshot that is resumed, else the pretrained ones, if any."""
     if recipe.train.resume:
-        start = resume(paths.snapshot_file(recipe, recipe.train.begin_iteration), network, optimizer)
+        path = paths.snapshot_file(recipe, recipe.train.begin_iteration)
+        start = resume(path, optimizer)
+        builders.load_trained(recipe, network, read_weights(path), categories)
         if start.iteration >= recipe.train.max_iteration:
             raise RecipeError(
                 f"train.max_iteration is {recipe.train.max_iteration}, but the snapshot to resume from has "

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from upsnet.checkpoints.files import FORMAT_VERSION, load_safely, read_weights
-from upsnet.checkpoints.loading import load_into
+from upsnet.checkpoints.files import FORMAT_VERSION, check_version, load_safely
 from upsnet.structures.categories import Categories
 from upsnet.structures.errors import WeightsError
 from upsnet.structures.places import sync_folder, write_temporary, writing
@@ -80,26 +79,25 @@ def state_path(weights_path: Path) -> Path:
     return weights_path.with_name(weights_path.name.removesuffix(".pth") + ".state.pth")
 
 
-def resume(weights_path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> ResumeState:
-    """Puts network and optimiser back to where a snapshot was taken, and says where that was.
+def resume(weights_path: Path, optimizer: torch.optim.Optimizer) -> ResumeState:
+    """Puts the optimiser back to where a snapshot was taken, and says where that was; its weights are read like others.
 
     Raises:
-        WeightsError: one of the two files is missing or damaged, or does not fit network or optimiser.
+        WeightsError: one of the two files is missing, or the training state is damaged or does not fit the optimiser.
     """
     path = state_path(weights_path)
     for file in (weights_path, path):
         if not file.is_file():
             raise WeightsError(f"{file} is missing, so {weights_path.name} is no complete snapshot: {_advice(file)}")
-    weights = read_weights(weights_path)
     rest = load_safely(path)
     if not isinstance(rest, dict) or not {"optimizer", "optimizer_class", "iteration", "seed", "scaler"} <= rest.keys():
         raise WeightsError(f"{path} is not the training state of a snapshot: resume from another one")
+    check_version(rest, path)
     if rest["optimizer_class"] != type(optimizer).__name__:
         raise WeightsError(
             f"{path} was written by {rest['optimizer_class']}, the recipe asks for {type(optimizer).__name__}: "
             f"resume with the same train.optimizer"
         )
-    load_into(network, weights.state, str(weights_path))
     try:
         optimizer.load_state_dict(rest["optimizer"])
     except ValueError as error:
