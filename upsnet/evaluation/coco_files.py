@@ -1,6 +1,9 @@
 """Panoptic files of COCO's format: a json with a record for each photo, and one PNG a photo."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import numpy as np
@@ -11,32 +14,48 @@ from upsnet.structures.errors import DataError
 from upsnet.structures.pictures import read_segment_map
 from upsnet.structures.results import Prediction, Segment
 
+RECORD = {"image_id": int | float | str, "file_name": str, "segments_info": list}
+"""Keys of an annotation and what each holds; Cityscapes' image ids are texts."""
+SEGMENT = {"id": int | float, "category_id": int | float}
+"""Keys of each of its segments that nothing can be done without."""
+
 
 def records_by_image(content: dict[str, Any], source: Path) -> dict[int, dict[str, Any]]:
     """The `annotations` of a COCO panoptic file by image id.
 
     Raises:
-        DataError: the list or a key of a record is missing, or an image has two records.
+        DataError: the list or a key of a record or segment is missing or of another kind, or an image has two records.
     """
     if not isinstance(content.get("annotations"), list):
         raise DataError(f"{source}: has no list 'annotations': this is not a COCO panoptic file")
     records: dict[int, dict[str, Any]] = {}
     for position, record in enumerate(content["annotations"]):
-        if not isinstance(record, dict):
-            raise DataError(f"{source}: annotation number {position} is no object: this is not a COCO panoptic file")
-        if "segments_info" not in record and "category_id" in record:
-            raise DataError(
-                f"{source}: holds instances (annotations with 'category_id'), not panoptic segments ('segments_info'): "
-                f"give a COCO panoptic file"
-            )
-        for key in ("image_id", "file_name", "segments_info"):
-            if key not in record:
-                name = f"of image {record['image_id']}" if "image_id" in record else f"number {position}"
-                raise DataError(f"{source}: annotation {name} has no '{key}': add it (COCO panoptic format)")
+        where = f"{source}: annotation number {position}"
+        if isinstance(record, dict):
+            where = f"{source}: annotation of image {record['image_id']}" if "image_id" in record else where
+            if "segments_info" not in record and "category_id" in record:
+                raise DataError(
+                    f"{source}: holds instances (annotations with 'category_id'), not panoptic segments "
+                    f"('segments_info'): give a COCO panoptic file"
+                )
+        _check_keys(record, RECORD, where)
+        for info in record["segments_info"]:
+            number = info.get("id", "without id") if isinstance(info, dict) else "without id"
+            _check_keys(info, SEGMENT, f"{source}: image {record['image_id']}, segment {number}:")
         if record["image_id"] in records:
             raise DataError(f"{source}: image {record['image_id']} has two annotations: keep one")
         records[record["image_id"]] = record
     return records
+
+
+def _check_keys(record: Any, kinds: Mapping[str, type | UnionType], where: str) -> None:
+    if not isinstance(record, dict):
+        raise DataError(f"{where} is no object: this is not a COCO panoptic file")
+    for key, kind in kinds.items():
+        if key not in record:
+            raise DataError(f"{where} has no '{key}': add it (COCO panoptic format)")
+        if not isinstance(record[key], kind):
+            raise DataError(f"{where} has {json.dumps(record[key])[:60]} as '{key}': mend it (COCO panoptic format)")
 
 
 def png_folder(source: Path) -> Path:
@@ -56,14 +75,11 @@ def read_panoptic(
     Whether map and segments fit is checked where they are matched. Areas and boxes are those of the record, or 0.
 
     Raises:
-        DataError: the PNG is missing or damaged, a segment lacks a key or has a class that is not in the table.
+        DataError: the PNG is missing or damaged, or a segment has a class that is not in the table.
     """
     segments = []
     for info in record["segments_info"]:
-        where = f"{source}: image {record['image_id']}, segment {info.get('id', 'without id')}"
-        for key in ("id", "category_id"):
-            if key not in info:
-                raise DataError(f"{where}: has no '{key}': add it (COCO panoptic format)")
+        where = f"{source}: image {record['image_id']}, segment {info['id']}"
         if info["category_id"] not in categories:
             raise DataError(f"{where}: category {info['category_id']} is not in the class table: mend the id")
         semantic_id = categories.semantic_id(info["category_id"])
