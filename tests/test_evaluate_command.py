@@ -14,6 +14,7 @@ import pytest
 
 from tests.miniature import edited, write_miniature
 from tests.tiny import upsnet
+from upsnet.evaluation.panoptic_files import evaluate_files
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,9 +32,15 @@ def files(tmp_path):
 
 
 def test_tables(files, tmp_path):
-    ran = upsnet("evaluate", *files, "--out", tmp_path / "summary.json")
+    ran = upsnet("evaluate", *files, "--out", tmp_path / "out" / "summary.json")
     assert ran.code == 0 and "All     100.0  100.0  100.0  5" in ran.out and "Boundary" not in ran.out
-    assert json.loads((tmp_path / "summary.json").read_text()).keys() == {"panoptic"}
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == evaluate_files(files[1], files[3])
+
+
+def test_a_summary_that_cannot_be_written_does_not_cost_the_score(files, tmp_path):
+    ran = upsnet("evaluate", *files, "--out", tmp_path)
+    assert ran.code == 2 and len(ran.errors) == 1 and "cannot write" in ran.errors[0]
+    assert "All     100.0  100.0  100.0  5" in ran.out
 
 
 def test_boundary(files, tmp_path):

@@ -44,13 +44,12 @@ def repaint(path, record, ids, new_id):
     Image.fromarray(pixels).save(png)
 
 
-def test_truth_as_prediction(files, tmp_path):
+def test_truth_as_prediction(files):
     prediction, truth = files
-    summary = evaluate_files(prediction, truth, tmp_path / "out" / "summary.json")
+    summary = evaluate_files(prediction, truth)
     for group in ("all", "things", "stuff"):
         assert summary["panoptic"][group]["pq"] == 100.0
     assert sum(row["tp"] for row in summary["panoptic"]["per_class"]) == 20
-    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
 
 
 def test_order_of_the_files_and_further_images_do_not_matter(files, caplog):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from upsnet.evaluation.json_files import write_json
 from upsnet.evaluation.panoptic_files import evaluate_files
 from upsnet.evaluation.tables import summary_tables
 
@@ -16,6 +17,8 @@ def evaluate(
     workers: int | None = None,
 ) -> dict[str, Any]:
     """Scores COCO panoptic files, prints the tables and, with `out`, writes the summary; see `evaluate_files`."""
-    summary = evaluate_files(prediction_json, truth_json, out, official, boundary, workers)
+    summary = evaluate_files(prediction_json, truth_json, official, boundary, workers)
     print(summary_tables(summary, per_class=True))
+    if out is not None:  # after the tables: that it cannot be written must not cost the score
+        write_json(out, summary)
     return summary

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from upsnet.evaluation.coco_files import png_folder, read_panoptic, records_by_image
-from upsnet.evaluation.json_files import read_json, write_json
+from upsnet.evaluation.json_files import read_json
 from upsnet.evaluation.panoptic_quality import Matching, PanopticQuality, match_segments
 from upsnet.evaluation.workers import default_workers, map_in_order
 from upsnet.structures.categories import Categories
@@ -26,7 +26,6 @@ logger = logging.getLogger("upsnet")
 def evaluate_files(
     pred_json: Path,
     gt_json: Path,
-    out: Path | None = None,
     official: bool = False,
     boundary: bool = False,
     workers: int | None = 1,
@@ -38,7 +37,6 @@ def evaluate_files(
     Args:
         pred_json: predictions, `annotations` for every photo of the truth.
         gt_json: truth; its `categories` are the class table.
-        out: where to write the summary, if anywhere.
         official: a truth that contradicts itself is not refused but gives the number that the official tool gives: the
             areas of its json are believed and more, see `match_segments`; segments of an unknown class count nowhere.
         boundary: boundary panoptic quality as well.
@@ -48,7 +46,7 @@ def evaluate_files(
         {"panoptic": summary}, see `PanopticQuality.summary`; with `boundary`, "boundary" is another.
 
     Raises:
-        PlaceError: a file cannot be read or written.
+        PlaceError: a file cannot be read.
         DataError: a file is damaged, a photo has no prediction, or PNG and record contradict each other.
     """
     truth_file, prediction_file = _content(gt_json), _content(pred_json)
@@ -70,10 +68,7 @@ def evaluate_files(
     for of_photo in tqdm(matchings, desc="panoptic quality", unit="image", total=len(pairs)):
         for quality, matching in zip(qualities.values(), of_photo, strict=True):
             quality.add_matching(matching)
-    summary = {name: quality.summary() for name, quality in qualities.items()}
-    if out is not None:
-        write_json(out, summary)
-    return summary
+    return {name: quality.summary() for name, quality in qualities.items()}
 
 
 @dataclass(frozen=True, slots=True)
