@@ -92,13 +92,15 @@ def test_written_beside_the_file_or_elsewhere(form, default, tiny_run, tmp_path)
 
 
 def test_refused_in_one_sentence(tiny_run, tmp_path):
+    torch.save({**torch.load(tiny_run.weights, weights_only=True), "recipe": "a: ["}, tmp_path / "odd.pth")
     for arguments, sentence in (
+        ((tmp_path / "odd.pth",), "the recipe inside"),
         ((tmp_path / "no.pth",), "there is no weight file"),
         ((tiny_run.weights, "--out", tmp_path / "x.pth"), "add --to original or --to safetensors"),
         ((tiny_run.weights, "--to", "original", "--out", tiny_run.weights), "give another --out"),
     ):
         ran = run("weights", *arguments)
-        assert ran.code == 2 and len(ran.errors) == 1 and sentence in ran.errors[0]
+        assert ran.code == 2 and len(ran.errors) == 1 and sentence in ran.errors[0] and not ran.out
     assert run("weights", tiny_run.weights, "--to", "onnx").code == 2
 
 

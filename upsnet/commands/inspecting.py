@@ -35,9 +35,10 @@ def weights(path: Path, form: Form | None = None, out: Path | None = None) -> No
         write_weights(file, form, out)
         print(f"{path} ({file.kind}) as {form}: {out}")
         return
+    fitting = _fitting_recipes(file)
     for title, text in _description(file).items():
         print(f"{title:15} {text}")
-    for use, names in _fitting_recipes(file).items():
+    for use, names in fitting.items():
         print(f"{use} of {'these recipes:' if names else 'no shipped recipe'}", *names, sep="\n  ")
 
 
