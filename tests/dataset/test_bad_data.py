@@ -147,6 +147,23 @@ CASES = {
         change(INSTANCES, lambda c: of_image(c)["segmentation"].update(size=[48, 64])),
         ["instances_train.json", "image 17", "annotation 4", "[48, 64]"],
     ),
+    "no instances at all": (
+        change(INSTANCES, lambda c: c.update(annotations=[])),
+        ["instances_train.json", "has no annotations, but", P],
+    ),
+    "instance id too large": (
+        change(INSTANCES, lambda c: of_image(c).update(image_id=1 << 70)),
+        ["instances_train.json", "annotation 4", "malformed"],
+    ),
+    "image id too large": (
+        change(PANOPTIC, lambda c: of_image(c, 17, "images").update(id=1 << 70)),
+        [P, "image record"],
+    ),
+    "photo too high": (change(PANOPTIC, lambda c: of_image(c, 17, "images").update(height=1 << 40)), [P, "'id': 17"]),
+    "annotation id too large": (
+        change(PANOPTIC, lambda c: of_image(c).update(image_id=1 << 70)),
+        [P, f"image {1 << 70}", "malformed"],
+    ),
     "broken instances json": (cut_file(INSTANCES, 0.7), ["instances_train.json", "not a valid json file"]),
 }
 

@@ -110,6 +110,10 @@ def another_image(content):
     content["annotations"][0]["image_id"] = 77
 
 
+def resize_rle(content):
+    next(a for a in content["annotations"] if isinstance(a["segmentation"], dict))["segmentation"]["size"] = [9, 9]
+
+
 FAULTS = {
     "photos gone": (remove_folder, "images/val2017", r"images/val2017: is not there: unpack http\S*/zips/val2017\.zip"),
     "labels gone": (
@@ -141,6 +145,11 @@ FAULTS = {
     "image named twice": (edit(name_twice), "annotations/panoptic_val2017.json", "image id 38 occurs twice"),
     "image without label": (edit(lose_annotation), "annotations/panoptic_val2017.json", "image 3 has no annotation"),
     "label without image": (edit(another_image), "annotations/panoptic_val2017.json", "image 3 has no annotation"),
+    "RLE of another size": (
+        edit(resize_rle),
+        "annotations/instances_val2017.json",
+        r"image \d+: annotation \d+: the RLE has size \[9, 9\], the photo \[\d+, \d+\]",
+    ),
     "instance without image": (
         edit(another_image),
         "annotations/instances_val2017.json",

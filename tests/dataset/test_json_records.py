@@ -62,6 +62,8 @@ WHOLE = json.dumps(CONTENT)
         '{"a": [1 2]}',
         '{"a": [1,]}',
         *(WHOLE[: len(WHOLE) * i // 9] for i in range(9)),
+        WHOLE + WHOLE,  # what a download leaves that was resumed at the wrong place
+        "{} x",
     ],
 )
 def test_broken_files_are_refused_by_name(tmp_path, text):

@@ -17,7 +17,7 @@ from upsnet.dataset.photo_set import PhotoSet, check_folder
 from upsnet.dataset.segments import SegmentRuns
 from upsnet.structures.categories import Categories
 from upsnet.structures.errors import DataError
-from upsnet.structures.masks import Bitmap, Mask, Masks
+from upsnet.structures.masks import Bitmap, Masks
 from upsnet.structures.pictures import read_segment_map
 from upsnet.structures.results import Segment, Truth
 from upsnet.structures.sample import VOID, Instances
@@ -130,18 +130,11 @@ class AnnotatedSet(PhotoSet):
         annotations = index.annotations_of(row)
         boxes, usable = usable_boxes(index, annotations, height, width, min_area)
         kept = annotations[usable]
-        masks: list[Mask] = []
-        for a in kept:
-            try:
-                masks.append(index.mask(a, height, width))
-            except ValueError as error:
-                image_id = self.index.image_ids[row]
-                raise DataError(f"{index.source}: image {image_id}: annotation {index.ids[a]}: {error}") from None
         return Instances(
             boxes=torch.from_numpy(boxes[usable].astype(np.float32)),
             classes=torch.from_numpy(index.thing_classes[kept].astype(np.int64)),
             is_crowd=torch.from_numpy(index.is_crowd[kept]),
-            masks=Masks(masks),
+            masks=Masks([index.mask(a, height, width) for a in kept]),
         )
 
     def _instances_of_png(self, row: int, labels: Labels) -> Instances:

@@ -107,7 +107,7 @@ def index_panoptic(path: Path) -> tuple[Categories, PanopticIndex]:
             way round, doubled image or segment ids, unknown categories.
     """
     images = _image_columns()
-    annotations: dict[str, list[Any]] = {"image_id": [], "file_name": [], "count": []}
+    annotations: dict[str, Any] = {"image_id": array("q"), "file_name": [], "count": array("q")}
     segments = {"id": array("q"), "category_id": array("q"), "is_crowd": array("b"), "wide": array("b")}
     classes: list[Any] = []
     for key, record in records_of(path):
@@ -123,11 +123,12 @@ def index_panoptic(path: Path) -> tuple[Categories, PanopticIndex]:
     return categories, _assemble(path, categories, images, annotations, segments)
 
 
-def _image_columns() -> dict[str, list[Any]]:
-    return {"id": [], "height": [], "width": [], "file_name": []}
+def _image_columns() -> dict[str, Any]:
+    # Arrays refuse what is no whole number or too large for the index.
+    return {"id": array("q"), "height": array("i"), "width": array("i"), "file_name": []}
 
 
-def _image_order(path: Path, images: dict[str, list[Any]]) -> Ints:
+def _image_order(path: Path, images: dict[str, Any]) -> Ints:
     """Brings the images into ascending id."""
     if not images["id"]:
         raise DataError(f"{path}: lists no images")
@@ -137,7 +138,7 @@ def _image_order(path: Path, images: dict[str, list[Any]]) -> Ints:
     return order
 
 
-def _in_order(images: dict[str, list[Any]], order: Ints) -> tuple[Ints, NDArray[np.int32], NDArray[np.int32], Texts]:
+def _in_order(images: dict[str, Any], order: Ints) -> tuple[Ints, NDArray[np.int32], NDArray[np.int32], Texts]:
     """The first columns of an index."""
     return (
         np.array(images["id"], np.int64)[order],
@@ -147,22 +148,22 @@ def _in_order(images: dict[str, list[Any]], order: Ints) -> tuple[Ints, NDArray[
     )
 
 
-def _read_image(path: Path, record: Any, images: dict[str, list[Any]]) -> None:
+def _read_image(path: Path, record: Any, images: dict[str, Any]) -> None:
     try:
         values = int(record["id"]), int(record["height"]), int(record["width"]), str(record["file_name"])
         if min(values[1:3]) < 1:
             raise ValueError
+        for column, value in zip(images.values(), values, strict=True):
+            column.append(value)
     except KeyError as error:
-        raise DataError(f"{path}: image {record.get('id', '')} has no {error}: complete its record") from None
-    except (TypeError, ValueError):
-        raise DataError(f"{path}: {str(record)[:80]} is not an image record") from None
-    for column, value in zip(images.values(), values, strict=True):
-        column.append(value)
+        raise DataError(f"{path}: image {record.get('id', 'without id')} has no {error}: complete its record") from None
+    except (TypeError, ValueError, OverflowError):
+        raise DataError(
+            f"{path}: {str(record)[:80]} is no image record as COCO writes it: correct its id, height and width"
+        ) from None
 
 
-def _read_annotation(
-    path: Path, record: Any, annotations: dict[str, list[Any]], segments: dict[str, "array[int]"]
-) -> None:
+def _read_annotation(path: Path, record: Any, annotations: dict[str, Any], segments: dict[str, "array[int]"]) -> None:
     known = record if isinstance(record, dict) else {}
     where = f"{path}: the annotation of image {known.get('image_id', '?')}"
     segment: Any = None
@@ -174,20 +175,20 @@ def _read_annotation(
             segments["category_id"].append(segment["category_id"])
             segments["is_crowd"].append(bool(segment.get("iscrowd", 0)))
             segments["wide"].append(box[2] > 1 and box[3] > 1)
+        for column, value in zip(annotations.values(), (image_id, png_name, len(infos)), strict=True):
+            column.append(value)
     except KeyError as error:
         which = f" has a segment {segment.get('id', '')} that" if segment else ""
         raise DataError(f"{where}{which} has no {error}: complete its record") from None
     except (TypeError, ValueError, OverflowError, AttributeError, IndexError):
         raise DataError(f"{where} is malformed near {str(segment or record)[:80]}") from None
-    for column, value in zip(annotations.values(), (image_id, png_name, len(infos)), strict=True):
-        column.append(value)
 
 
 def _assemble(
     path: Path,
     categories: Categories,
-    images: dict[str, list[Any]],
-    annotations: dict[str, list[Any]],
+    images: dict[str, Any],
+    annotations: dict[str, Any],
     segments: dict[str, "array[int]"],
 ) -> PanopticIndex:
     image_order = _image_order(path, images)

@@ -26,7 +26,7 @@ from upsnet.structures.places import remove, write_temporary
 
 logger = logging.getLogger("upsnet")
 
-FORMAT = 1
+FORMAT = 2
 """To be raised whenever the same json would give other arrays; other names of arrays are noticed without that."""
 
 SMALLEST = 10 << 20

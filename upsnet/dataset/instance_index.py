@@ -59,7 +59,7 @@ class InstanceIndex:
         return [polygon.tolist() for polygon in self._polygons(row)]
 
     def mask(self, row: int, height: int, width: int) -> Mask:
-        """The mask of an annotation; ValueError if its RLE has another size than the photo."""
+        """The mask of an annotation in a photo of this size."""
         return mask_from_coco(self.segmentation(row), height, width)
 
     def record(self, row: int, image_id: int) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class _Columns:
 
     image_ids: "array[int]" = field(default_factory=lambda: array("q"))
     ids: "array[int]" = field(default_factory=lambda: array("q"))
-    category_ids: "array[int]" = field(default_factory=lambda: array("q"))
+    category_ids: "array[int]" = field(default_factory=lambda: array("i"))
     numbers: "array[float]" = field(default_factory=lambda: array("d"))
     is_crowd: "array[int]" = field(default_factory=lambda: array("b"))
     ignore: "array[int]" = field(default_factory=lambda: array("b"))
@@ -104,12 +104,17 @@ def read_instances(path: Path, categories: Categories, images: PanopticIndex) ->
     Annotations whose polygons all have fewer than three corners are left out, with one warning.
 
     Raises:
-        DataError: it is missing or broken, or names images or categories that the panoptic json does not have.
+        DataError: it is missing or broken, or contradicts the panoptic json: other images, categories or sizes, or no
+            annotation at all where that one has things.
     """
     columns = _Columns()
     for key, record in records_of(path):
         if key == "annotations":
             _read(path, record, columns)
+    if not columns.ids and images.has_box.any():
+        raise DataError(
+            f"{path}: has no annotations, but {images.source} has things: copy or download it again, or remove it"
+        )
     if columns.without_mask:
         logger.warning("%s: %d annotations have no polygon with three corners: left out", path, columns.without_mask)
     return _assemble(path, categories, images, columns)
@@ -129,12 +134,12 @@ def _read(path: Path, record: Any, columns: _Columns) -> None:
         columns.numbers.extend(numbers)
         columns.is_crowd.append(bool(record.get("iscrowd", 0)))
         columns.ignore.append(bool(record.get("ignore", 0)))
+        for column, value in zip((columns.image_ids, columns.ids, columns.category_ids), ids, strict=True):
+            column.append(value)
     except KeyError as error:
         raise DataError(f"{where} has no {error}: complete its record") from None
     except (TypeError, ValueError, AttributeError, OverflowError):
         raise DataError(f"{where} is malformed: its box, area or segmentation is not as COCO writes it") from None
-    for column, value in zip((columns.image_ids, columns.ids, columns.category_ids), ids, strict=True):
-        column.append(value)
 
 
 def _read_segmentation(segmentation: Any, columns: _Columns) -> bool:
@@ -176,6 +181,8 @@ def _assemble(path: Path, categories: Categories, images: PanopticIndex, columns
             f"thing class of {images.source}"
         )
     ends = np.array(columns.polygon_ends)
+    rle, rle_sizes = np.array(columns.rle, np.int32), np.array(columns.rle_sizes, np.int32).reshape(-1, 2)
+    _check_rle_sizes(path, images, image, ids, rle, rle_sizes)
     numbers = np.array(columns.numbers).reshape(-1, 5)[order]
     return InstanceIndex(
         source=path,
@@ -190,10 +197,24 @@ def _assemble(path: Path, categories: Categories, images: PanopticIndex, columns
         polygons=np.stack([ends[:-1], ends[1:]], axis=1)[order],
         corner_offsets=np.array(columns.corner_ends),
         corners=np.frombuffer(columns.corners) if columns.corners else np.zeros(0),
-        rle=np.array(columns.rle, np.int32)[order],
+        rle=rle[order],
         rle_counts=Texts(columns.rle_counts),
-        rle_sizes=np.array(columns.rle_sizes, np.int32).reshape(-1, 2),
+        rle_sizes=rle_sizes,
     )
+
+
+def _check_rle_sizes(
+    path: Path, images: PanopticIndex, image: Ints, ids: Ints, rle: NDArray[np.int32], sizes: NDArray[np.int32]
+) -> None:
+    """pycocotools would compare masks of different sizes without a word."""
+    owners = np.flatnonzero(rle >= 0)
+    wanted = np.stack([images.heights, images.widths], axis=1)[image[owners]]
+    if len(wrong := np.flatnonzero((sizes[rle[owners]] != wanted).any(axis=1))):
+        i, (height, width) = owners[wrong[0]], wanted[wrong[0]].tolist()
+        raise DataError(
+            f"{path}: image {images.image_ids[image[i]]}: annotation {ids[i]}: the RLE has size "
+            f"{sizes[rle[i]].tolist()}, the photo [{height}, {width}]: correct or remove it"
+        )
 
 
 def _thing_class(categories: Categories, category_id: int) -> int:

@@ -48,7 +48,13 @@ class _Scanner:
     def records(self) -> Iterator[tuple[str, Any]]:
         self._expect("{")
         if self._peek() == "}":
-            return
+            self._expect("}")
+        else:
+            yield from self._pairs()
+        if rest := self._peek_or_end():
+            raise ValueError(f"found {rest!r} after its end")
+
+    def _pairs(self) -> Iterator[tuple[str, Any]]:
         while True:
             key = self._value()
             self._expect(":")
@@ -79,13 +85,20 @@ class _Scanner:
         return bool(more)
 
     def _peek(self) -> str:
+        found = self._peek_or_end()
+        if not found:
+            raise ValueError("it ends too early")
+        return found
+
+    def _peek_or_end(self) -> str:
+        """The next character that is no space; at the end of the file nothing."""
         while True:
             match = _SPACE.match(self._text, self._position)
             self._position = match.end() if match else self._position
             if self._position < len(self._text):
                 return self._text[self._position]
             if not self._read_on():
-                raise ValueError("it ends too early")
+                return ""
 
     def _expect(self, allowed: str) -> str:
         found = self._peek()
