@@ -155,6 +155,24 @@ def test_an_interrupted_run_leaves_no_half_set(tree, monkeypatch):
     assert len(read(split.panoptic_json)["images"]) == 3
 
 
+def test_a_split_is_not_ready_while_its_jsons_are_written(tree, monkeypatch):
+    """Image ids are running numbers: an old panoptic json must never stand beside new instances."""
+    prepare_cityscapes(tree)
+    split, write = Split(tree, "val"), cityscapes_preparation._write_json
+
+    def stop(path, *arguments, **options):
+        if path == split.panoptic_json:
+            raise KeyboardInterrupt
+        write(path, *arguments, **options)
+
+    shutil.rmtree(split.photo_dir / "frankfurt")
+    shutil.rmtree(split.label_dir / "frankfurt")
+    monkeypatch.setattr(cityscapes_preparation, "_write_json", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_cityscapes(tree)
+    assert len(read(split.instances_json)["images"]) == 1 and not split.panoptic_json.exists()
+
+
 def test_several_processes_make_the_same(tree, tmp_path, monkeypatch):
     other = shutil.copytree(tree, tmp_path / "other")
     prepare_cityscapes(tree)
@@ -200,6 +218,12 @@ def test_other_splits_without_labels_are_left_out(tree, caplog):
     assert prepare_cityscapes(tree) == {"val": 3}
     assert "train_extra: there is no folder" in caplog.text and "train: there are no photos" in caplog.text
     assert "val: 3 photos, the official set has 500" in caplog.text
+
+
+def test_photos_of_val_without_its_labels_are_an_incomplete_tree(tree):
+    write_miniature_cityscapes(tree, size=SIZE, train=1)
+    shutil.rmtree(tree / "gtFine" / "val")
+    assert "val: 3 photos lack their gtFine_polygons.json" in fails(tree)
 
 
 def test_colour_images_are_not_needed(tree):
@@ -254,6 +278,21 @@ def test_the_command(tree):
     assert ran.code == 0 and ran.out == "val: 3 photos, ready\n"
     failed = upsnet("prepare", "cityscapes", tree / "val")
     assert failed.code == 2 and len(failed.errors) == 1 and "leftImg8bit" in failed.errors[0]
+    photo = next((tree / "leftImg8bit/val").glob("*/*.png"))
+    photo.write_bytes(b"cut off")
+    failed = upsnet("prepare", "cityscapes", tree)
+    assert failed.code == 2 and len(failed.errors) == 1 and str(photo) in failed.errors[0], "on a line of its own"
+
+
+def test_what_may_not_be_read(tree, monkeypatch):
+    """Folders are closed for everybody but root; a test may run as root."""
+
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied", "closed")
+
+    monkeypatch.setattr(cityscapes_preparation, "check_tree", refuse)
+    ran = upsnet("prepare", "cityscapes", tree)
+    assert ran.code == 2 and "closed: cannot be read (Permission denied)" in ran.errors[0]
 
 
 def test_the_script(tree, tmp_path):

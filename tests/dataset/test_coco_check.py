@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.dataset.test_index_cache import enlarge
 from tests.miniature import edited, write_json, write_miniature
+from tests.tiny import upsnet
 from upsnet.dataset.coco_check import check_coco
 from upsnet.structures.errors import DataError
 from upsnet.structures.pictures import photo_size
@@ -234,6 +235,17 @@ def test_a_photo_damaged_inside_is_found_by_a_deep_check_only(tree):
     (tree / PHOTO).write_bytes(data[:middle] + bytes(40) + data[middle + 40 :])
     assert not reports_of(tree)[VAL].faults
     assert "images damaged inside" in only_fault(tree, deep=True)
+
+
+def test_what_may_not_be_read(tree, monkeypatch):
+    """Folders are closed for everybody but root; a test may run as root."""
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    ran = upsnet("prepare", "coco", tree)
+    assert ran.code == 2 and f"{tree}/images/train2017: cannot be read (Permission denied)" in ran.errors[0]
 
 
 # -- hints -------------------------------------------------------------------------------------------------------------

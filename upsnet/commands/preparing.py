@@ -1,5 +1,7 @@
 """`upsnet prepare`: data sets as their owners give them out, checked and made ready."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from upsnet.dataset import cityscapes_preparation
@@ -14,7 +16,7 @@ def prepare_coco(folder: Path, deep: bool = False) -> None:
     Raises:
         DataError: something is missing or wrong.
     """
-    with logging_to(None):
+    with logging_to(None), _reading():
         reports = check_coco(folder, deep)
     for report in reports:
         print(f"{report.name}: {_state(report)}")
@@ -40,5 +42,18 @@ def prepare_cityscapes(folder: Path) -> None:
         DataError: files are missing or damaged, or photos and labels do not fit each other.
         PlaceError: the tree cannot be written.
     """
-    for split, photos in cityscapes_preparation.prepare_cityscapes(folder).items():
+    with _reading():
+        counts = cityscapes_preparation.prepare_cityscapes(folder)
+    for split, photos in counts.items():
         print(f"{split}: {photos} photos, ready")
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Files and folders that the user may not read, anywhere in a data set."""
+    try:
+        yield
+    except PermissionError as error:
+        raise DataError(
+            f"{error.filename}: cannot be read ({error.strerror}): give yourself the right to read the data set"
+        ) from None

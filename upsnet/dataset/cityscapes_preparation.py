@@ -57,7 +57,8 @@ def prepare_cityscapes(root: Path, workers: int | None = None) -> dict[str, int]
     counts = {}
     for split in check_tree(root):
         photos = split.photos()
-        sizes = [png_size(split.photo_dir / photo) for photo in _progress(photos, len(photos), split, "photos")]
+        read = (png_size(split.photo_dir / photo) for photo in photos)
+        sizes = list(_progress(read, len(photos), split, "photos"))
         if not split.has_labels:
             _write_json(split.info_json, {"images": _image_records(split, photos, sizes), "categories": _categories()})
         elif not _is_ready(split, photos):
@@ -74,15 +75,8 @@ class _Converted(NamedTuple):
 
 
 def _convert_split(split: Split, photos: list[str], sizes: list[tuple[int, int]], workers: int) -> None:
-    converted = []
-    for photo, size, one in zip(photos, sizes, _convert_all(split, photos, workers), strict=True):
-        image = one.official["images"][0]
-        if size != (image["height"], image["width"]):
-            raise DataError(
-                f"{split.photo_dir / photo}: the photo has {size[0]}×{size[1]} pixels (height × width), its label "
-                f"{image['height']}×{image['width']}: unpack both archives again"
-            )
-        converted.append(one)
+    converted = list(_convert_all(split, photos, sizes, workers))
+    split.panoptic_json.unlink(missing_ok=True)  # until it is written again, the split is not ready
     official = {key: [one.official[key][0] for one in converted] for key in ("images", "annotations")}
     _write_json(split.official_json, {**official, "categories": converted[0].official["categories"]}, official=True)
 
@@ -95,22 +89,27 @@ def _convert_split(split: Split, photos: list[str], sizes: list[tuple[int, int]]
             instances.append({"id": len(instances) + 1, "image_id": image["id"], **record})
     things = [category for category in categories if category["isthing"]]
     _write_json(split.instances_json, {"images": images, "annotations": instances, "categories": things})
-    # Last: a split whose panoptic json is there is ready.
     _write_json(split.panoptic_json, {"images": images, "annotations": annotations, "categories": categories})
 
 
-def _convert_all(split: Split, photos: list[str], workers: int) -> Iterator[_Converted]:
-    convert = partial(_convert, split)
+def _convert_all(split: Split, photos: list[str], sizes: list[tuple[int, int]], workers: int) -> Iterator[_Converted]:
+    convert, sized = partial(_convert, split), list(zip(photos, sizes, strict=True))
     if len(photos) <= _FEW or workers == 1:
-        yield from _progress(map(convert, photos), len(photos), split, "labels")
+        yield from _progress(map(convert, sized), len(photos), split, "labels")
         return
     # Fresh processes instead of forks: this one may already run threads.
     with get_context("spawn").Pool(min(workers, len(photos))) as pool:
-        yield from _progress(pool.imap(convert, photos, chunksize=4), len(photos), split, "labels")
+        yield from _progress(pool.imap(convert, sized, chunksize=4), len(photos), split, "labels")
 
 
-def _convert(split: Split, photo: str) -> _Converted:
+def _convert(split: Split, sized: tuple[str, tuple[int, int]]) -> _Converted:
+    photo, size = sized
     ids = _instance_ids(split, photo)
+    if ids.shape != size:
+        raise DataError(
+            f"{split.photo_dir / photo}: the photo has {size[0]}×{size[1]} pixels (height × width), its label "
+            f"{ids.shape[0]}×{ids.shape[1]}: unpack both archives again"
+        )
     _write_train_ids(split, photo, ids.shape)
     # The official converter takes whole folders: each photo gets one of its own, so that none has to wait for all.
     with replacing(split.panoptic_png(photo)) as part, TemporaryDirectory() as name:

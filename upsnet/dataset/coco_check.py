@@ -253,7 +253,11 @@ def _in_threads(work: Callable[[Item], Result], items: Sequence[Item], title: st
 
 def _files_below(folder: Path) -> Iterable[str]:
     """Paths below a folder, as jsons name them."""
-    for place, _, names in os.walk(folder):
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    for place, _, names in os.walk(folder, onerror=stop):
         inner = Path(place).relative_to(folder).as_posix()
         yield from names if inner == "." else (f"{inner}/{name}" for name in names)
 
