@@ -114,6 +114,18 @@ def test_several_sets_are_no_submission(tiny_run):
     assert "val+other are several image sets, a submission is of one" in builders.no_submission(recipe)
 
 
+def test_a_name_needs_letters_or_digits(tiny_run, tmp_path):
+    recipe = copy_run(tiny_run, tmp_path)
+    ran = upsnet("submission", "--cfg", recipe, "--name", "__")
+    assert ran.code == 2 and "'__' cannot name a submission" in ran.errors[0]
+    assert not list(tmp_path.rglob("*.zip"))
+
+
+def test_no_server_scores_the_film_of_cityscapes():
+    recipe = load_recipe("upsnet_resnet50_cityscapes_16gpu", ["dataset.test_image_set=demoVideo"])
+    assert "no server scores demoVideo of Cityscapes" in builders.no_submission(recipe)
+
+
 def test_nothing_stored(unlabelled):
     ran = upsnet("submission", "--cfg", unlabelled, TEST_DEV)
     assert ran.code == 2 and "holds no complete results" in ran.errors[0]

@@ -139,10 +139,12 @@ def test_photos_of_one_name_in_two_folders(tmp_path):
 
 def test_an_error_leaves_no_complete_results(miniature, stored):
     _, categories, _ = miniature
-    folder, predictions, _ = stored
+    folder, predictions, summary = stored
+    write_summary(folder, summary)
     with pytest.raises(ZeroDivisionError), ResultWriter(folder, categories) as writer:
         writer.add(predictions[0])
         raise ZeroDivisionError
+    assert not (folder / "summary.json").exists(), "scores of an earlier test"
     with pytest.raises(PlaceError, match=r"holds no complete results \(no index\.json\)"):
         next(read_results(folder, categories))
     assert list(folder.rglob("*.part")) == []

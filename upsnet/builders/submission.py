@@ -24,6 +24,8 @@ def no_submission(recipe: Recipe) -> str | None:
             f"dataset.test_image_set: {options.test_image_set} are several image sets, a submission is of one: "
             f"choose one and run the test on it"
         )
+    if options.dataset == "Cityscapes" and options.test_image_set not in ("val", "test"):
+        return f"dataset.test_image_set: no server scores {options.test_image_set} of Cityscapes: choose val or test"
     return None
 
 

@@ -37,13 +37,15 @@ def write_coco_submission(
         The archives of the panoptic, the box and the mask server.
 
     Raises:
-        DataError: the results are damaged or lack a part.
+        DataError: the results are damaged or lack a part, or the name has neither letters nor digits.
         PlaceError: a file cannot be read or written, or the disk is full.
     """
-    for prediction in predictions:
-        _check(prediction, results)
     # Underscores separate the parts of such a name.
     word = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
+    if not word:
+        raise DataError(f"'{name}' cannot name a submission: give a name with letters (a to z) or digits")
+    for prediction in predictions:
+        _check(prediction, results)
     panoptic, detections = (f"{task}_{image_set}_{word}_results" for task in ("panoptic", "detections"))
     pngs = [record["file_name"] for record in read_json(results / "panoptic.json")["annotations"]]
     contents = {

@@ -48,8 +48,9 @@ class ResultWriter:
         self._names: set[str] = set()
         self._parts: list[str] | None = None
         with writing(folder / "index.json"):
-            # What lies here from an earlier test is no longer complete from now on.
-            (folder / "index.json").unlink(missing_ok=True)
+            # What lies here from an earlier test is no longer complete from now on, and its scores are of nothing here.
+            for name in ("index.json", "summary.json"):
+                (folder / name).unlink(missing_ok=True)
         self._lists: dict[str, JsonListWriter] = {}
         try:
             self._lists["panoptic"] = JsonListWriter(folder / "panoptic.json", head='{"annotations": [')
