@@ -27,6 +27,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from upsnet.evaluation.detection_files import DETECTION_KINDS, detection_file
 from upsnet.evaluation.instance_ap import NUMBERS, InstanceAP
 from upsnet.evaluation.json_files import JsonListWriter

@@ -52,7 +52,7 @@ def test_detections_are_in_photo_pixels():
     assert abs(int(rows.min()) - 10) <= 1 and abs(int(columns.max()) - 25) <= 1
 
 
-PHOTOS = [(427, 640), (480, 640), (640, 427), (33, 999), (1, 1), (1, 700), (375, 500), (1024, 2048), (7, 5)]
+PHOTOS = [(427, 640), (480, 640), (640, 427), (33, 999), (1, 1), (1, 700), (375, 500), (1024, 2048), (7, 5), (26, 40)]
 
 
 @pytest.mark.parametrize("short_side", [64, 256, 800])

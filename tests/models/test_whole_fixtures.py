@@ -147,6 +147,7 @@ def test_forward(configuration, shared, monkeypatch):
     fused = spy_on_fusion(monkeypatch)
     (prediction,) = network(batch)
     check_kept(file, *fused[0])
+    check_fused(file, fused[0][1], network.num_stuff)
     check_detections(file, prediction)
     check_maps(file, prediction)
 
@@ -178,6 +179,21 @@ def check_kept(file, candidates, fused):
     assert sorted(fused.instances.classes.tolist()) == sorted(file["out::panoptic_cls_inds"].tolist())
 
 
+def check_fused(file, fused, num_stuff):
+    """At network size: semantic classes, stuff and void, and instances one to one."""
+    assert (fused.semantic.numpy() != file["out::fcn_outputs"][0]).sum() <= 1  # rounding decides a tie
+    ours, theirs = fused.channels.numpy(), file["out::panoptic_outputs"][0].astype(np.int64)
+    theirs = np.where(theirs == 255, VOID, theirs)
+    assert np.array_equal(ours.clip(max=num_stuff), theirs.clip(max=num_stuff))
+    assert_one_to_one(ours, theirs)
+
+
+def assert_one_to_one(first, second):
+    """Two maps have the same regions, whatever the regions are called."""
+    pairs = np.unique(np.stack([first.ravel(), second.ravel()], axis=1), axis=0)
+    assert len(pairs) == len(np.unique(pairs[:, 0])) == len(np.unique(pairs[:, 1]))
+
+
 def check_detections(file, prediction):
     found = prediction.instances
     expected = file["post::detections_cls_x1y1x2y2_score"]
@@ -197,8 +213,7 @@ def check_maps(file, prediction):
     for segment in prediction.segments:
         ours[prediction.segment_map == segment.id] = segment.semantic_id + 1
     assert np.array_equal(ours, np.where(pan[..., 0] == 255, 0, pan[..., 0] + 1))
-    pairs = np.unique(np.stack([prediction.segment_map.ravel(), (pan[..., 0] * 256 + pan[..., 1]).ravel()], 1), axis=0)
-    assert len(pairs) == len(np.unique(pairs[:, 0])) == len(np.unique(pairs[:, 1]))
+    assert_one_to_one(prediction.segment_map, pan[..., 0] * 256 + pan[..., 1])
 
 
 class NetworkDraws(NumpyDraws):
