@@ -271,6 +271,10 @@ def test_a_tree_that_cannot_be_written(tree):
     with pytest.raises(PlaceError, match=r"cannot write .*_gtFine_panoptic\.png"):
         prepare_cityscapes(tree)
     assert not (tree / "annotations").exists()
+    Split(tree, "val").png_dir.unlink()
+    (tree / "annotations").write_text("a file again")
+    with pytest.raises(PlaceError, match=r"cannot write .*annotations/"):
+        prepare_cityscapes(tree)
 
 
 def test_the_command(tree):

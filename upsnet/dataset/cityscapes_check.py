@@ -28,7 +28,7 @@ def check_tree(root: Path) -> list[Split]:
     if not photos.is_dir():
         raise DataError(f"{photos}: there is no such folder: {advice}")
     splits = []
-    for name in ("train", "val", *sorted({path.name for path in photos.iterdir()} - {"train", "val"})):
+    for name in ("train", "val", *sorted({path.name for path in photos.iterdir() if path.is_dir()} - {"train", "val"})):
         split = Split(root, name)
         if why := _unusable(split):
             logger.warning("%s: %s: left out", name, why)

@@ -29,7 +29,7 @@ from upsnet.dataset.cityscapes_check import check_tree
 from upsnet.structures.class_tables import class_table
 from upsnet.structures.errors import DataError
 from upsnet.structures.pictures import png_size, read_grey_png
-from upsnet.structures.places import replacing
+from upsnet.structures.places import replacing, writing
 
 Step = TypeVar("Step")
 
@@ -76,7 +76,8 @@ class _Converted(NamedTuple):
 
 def _convert_split(split: Split, photos: list[str], sizes: list[tuple[int, int]], workers: int) -> None:
     converted = list(_convert_all(split, photos, sizes, workers))
-    split.panoptic_json.unlink(missing_ok=True)  # until it is written again, the split is not ready
+    with writing(split.panoptic_json):
+        split.panoptic_json.unlink(missing_ok=True)  # until it is written again, the split is not ready
     official = {key: [one.official[key][0] for one in converted] for key in ("images", "annotations")}
     _write_json(split.official_json, {**official, "categories": converted[0].official["categories"]}, official=True)
 
