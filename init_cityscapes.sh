@@ -22,22 +22,24 @@ and, only for training with coarse labels and for the film:
 TEXT
 }
 
+# The checkout that this script lies in; PATH is relative to where it is called from.
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
 main() {
-    local here environment
-    here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+    local python
     if [[ "${1:-}" == -h || "${1:-}" == --help || "${1:-}" == help ]]; then
         usage
         exit
     fi
-    environment="${VIRTUAL_ENV:-${CONDA_PREFIX:-$here/.venv}}"
-    if [[ ! -x "$environment/bin/upsnet" ]]; then
-        echo "init_cityscapes: upsnet is not installed in $environment: run ./init.sh first" >&2
+    python="${VIRTUAL_ENV:-${CONDA_PREFIX:-$here/.venv}}/bin/python"
+    if ! "$python" -c 'import cityscapesscripts, cv2, pycocotools, tqdm' 2>/dev/null; then
+        echo "init_cityscapes: the packages are not installed in ${python%/bin/python}: run ./init.sh first" >&2
         exit 2
     fi
     if (($# == 0)); then
         set -- "$here/data/cityscapes"
     fi
-    exec "$environment/bin/upsnet" prepare cityscapes "$@"
+    PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m upsnet prepare cityscapes "$@"
 }
 
 main "$@"

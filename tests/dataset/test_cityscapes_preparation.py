@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -300,19 +301,22 @@ def test_what_may_not_be_read(tree, monkeypatch):
 
 
 def test_the_script(tree, tmp_path):
-    """It hands its path to the command of the active environment, and says what to do where there is none."""
+    """It runs this checkout with the Python of the active environment, and says what to do where there is none."""
     script = Path(__file__).resolve().parents[2] / "init_cityscapes.sh"
-    upsnet_there = tmp_path / "environment" / "bin" / "upsnet"
-    upsnet_there.parent.mkdir(parents=True)
 
-    def run(*arguments):
-        environment = {**os.environ, "VIRTUAL_ENV": str(upsnet_there.parents[1])}
-        return subprocess.run([script, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    def run(environment, *arguments):
+        variables = {**os.environ, "VIRTUAL_ENV": str(environment)}
+        return subprocess.run([script, *arguments], cwd=tmp_path, env=variables, capture_output=True, text=True)
 
-    assert run("--help").returncode == 0 and "gtFine_trainvaltest.zip" in run("--help").stdout
-    missing = run(tree)
+    helped = run(tmp_path, "--help")
+    assert helped.returncode == 0 and "gtFine_trainvaltest.zip" in helped.stdout
+    missing = run(tmp_path, tree)
     assert missing.returncode == 2 and "run ./init.sh first" in missing.stderr
-    upsnet_there.write_text('#!/usr/bin/env bash\necho "$@"\nexit 3\n')
-    upsnet_there.chmod(0o755)
-    assert run("some tree").stdout == "prepare cityscapes some tree\n" and run().returncode == 3
-    assert run().stdout == f"prepare cityscapes {script.parent / 'data/cityscapes'}\n"
+    tree.rename(tmp_path / "some tree")
+    ran = run(Path(sys.executable).parents[1], "some tree")
+    assert ran.returncode == 0 and ran.stdout == "val: 3 photos, ready\n", ran.stderr
+    stand_in = tmp_path / "bin" / "python"
+    stand_in.parent.mkdir()
+    stand_in.write_text('#!/usr/bin/env bash\necho "$@"\n')
+    stand_in.chmod(0o755)
+    assert run(tmp_path).stdout.splitlines()[-1] == f"-m upsnet prepare cityscapes {script.parent}/data/cityscapes"
