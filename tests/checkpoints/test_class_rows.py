@@ -82,6 +82,13 @@ def test_the_seed_decides(coco_file):
     assert torch.nonzero(differs).flatten().tolist() == [5, 7, 9, 12]
 
 
+def test_tensors_share_no_draws(coco_file):
+    taken = cityscapes_rows(coco_file, CITYSCAPES, 1).tensors
+    names = ("box_head.class_logits.weight", "mask_head.score.weight")
+    drawn = torch.stack([taken[name][2].flatten() for name in names])
+    assert torch.corrcoef(drawn)[0, 1] < 0.99
+
+
 def test_the_report_says_so(coco_file):
     report = start(coco_file)[1]
     assert report.drawn_classes == ["pole", "traffic sign", "terrain", "rider"]
