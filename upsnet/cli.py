@@ -207,7 +207,7 @@ def _add_prepare_coco(parser: argparse.ArgumentParser) -> None:
         "path", nargs="?", type=Path, default=Path("data/coco"), metavar="PATH", help="default data/coco"
     )
     parser.add_argument(
-        "--deep", action="store_true", help="also read every label picture and hold it against the json"
+        "--deep", action="store_true", help="also decode every photo and label, and hold labels against the json"
     )
     parser.set_defaults(action=_prepare_coco)
 
