@@ -168,6 +168,19 @@ def without_last_line_but_one(folder):
     path.write_text("\n".join([*lines[:-2], "]"]))
 
 
+DOES_NOT_FIT = r"segm_results.json: image \d+: does not fit bbox_results.json or the photo"
+
+
+def in_record(kind, change):
+    def damage(folder):
+        path = folder / f"{kind}_results.json"
+        lines = path.read_text().splitlines()
+        lines[1] = json.dumps(change(json.loads(lines[1].removesuffix(",")))) + ","
+        path.write_text("\n".join(lines))
+
+    return damage
+
+
 def other_image(folder):
     with edited(folder / "panoptic.json") as content:
         del content["annotations"][2]
@@ -202,6 +215,15 @@ def index(change):
         (cut("panoptic/*.png"), r"image \d+: .*panoptic.*cut off"),
         (cut("semantic/*.png"), r"image \d+: .*semantic.*cut off"),
         (cut("segm_results.json"), "segm_results.json: is damaged"),
+        (in_record("bbox", lambda r: "image_id"), "a record has no 'image_id'"),
+        (in_record("bbox", lambda r: None), "a record has no 'image_id'"),
+        (in_record("bbox", lambda r: {**r, "score": "high"}), DOES_NOT_FIT),
+        (in_record("bbox", lambda r: {**r, "score": float("nan")}), DOES_NOT_FIT),
+        (in_record("bbox", lambda r: {**r, "bbox": [1, 2, 3]}), DOES_NOT_FIT),
+        (in_record("segm", lambda r: {**r, "score": r["score"] / 2}), DOES_NOT_FIT),
+        (in_record("segm", lambda r: {**r, "segmentation": None}), DOES_NOT_FIT),
+        (in_record("segm", lambda r: {**r, "segmentation": {"size": [48, 64], "counts": [0, 3072]}}), DOES_NOT_FIT),
+        (in_record("segm", lambda r: {**r, "segmentation": {"size": [9, 9], "counts": "0i0"}}), DOES_NOT_FIT),
         (without_last_line_but_one, r"image \d+: does not fit bbox_results.json"),
         (other_image, "panoptic.json: has no annotation of image"),
     ],

@@ -1,5 +1,6 @@
 """Detections as COCO results: boxes in one json list, masks in another, both in the same order."""
 
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,19 @@ class DetectionReader:
         self._boxes = JsonListReader(detection_file(folder, "bbox"))
         self._masks = JsonListReader(self._path)
 
-    def of_image(self, image_id: int) -> Detections:
+    def of_image(self, image_id: int, size: tuple[int, ...] | None = None) -> Detections:
         """The detections of the next photo, which must be this one if it has any.
 
+        Args:
+            size: height and width of the photo, if they are known.
+
         Raises:
-            DataError: a file is damaged, or the two do not fit each other.
+            DataError: a file is damaged, or the two do not fit each other or the photo.
         """
         boxes, masks = self._boxes.of_image(image_id), self._masks.of_image(image_id)
         damaged = DataError(
-            f"{self._path}: image {image_id}: does not fit bbox_results.json: run the test without --eval_only"
+            f"{self._path}: image {image_id}: does not fit bbox_results.json or the photo: "
+            f"run the test without --eval_only"
         )
         if len(boxes) != len(masks):
             raise damaged
@@ -66,17 +71,17 @@ class DetectionReader:
             corners = [
                 (x, y, x + width - 1, y + height - 1) for x, y, width, height in (record["bbox"] for record in boxes)
             ]
-            classes = [self._categories.thing_class(record["category_id"]) for record in boxes]
-            scores = [record["score"] for record in boxes]
-            found = [record["segmentation"] for record in masks]
+            if any(_label(box) != _label(mask) for box, mask in zip(boxes, masks, strict=True)):
+                raise damaged
+            found = [_checked_rle(record["segmentation"], size) for record in masks]
+            return Detections(
+                np.asarray(corners, dtype=np.float32).reshape(-1, 4),
+                np.asarray([self._categories.thing_class(record["category_id"]) for record in boxes], dtype=np.int64),
+                np.asarray([_finite(record["score"]) for record in boxes], dtype=np.float32),
+                found,
+            )
         except (KeyError, TypeError, ValueError):
             raise damaged from None
-        return Detections(
-            np.asarray(corners, dtype=np.float32).reshape(-1, 4),
-            np.asarray(classes, dtype=np.int64),
-            np.asarray(scores, dtype=np.float32),
-            found,
-        )
 
     def check_end(self) -> None:
         """To be called after the last photo.
@@ -86,6 +91,23 @@ class DetectionReader:
         """
         self._boxes.check_end()
         self._masks.check_end()
+
+
+def _label(record: dict[str, Any]) -> tuple[Any, Any]:
+    return record["category_id"], record["score"]
+
+
+def _finite(score: float) -> float:
+    if not isfinite(score):
+        raise ValueError
+    return score
+
+
+def _checked_rle(rle: dict[str, Any], size: tuple[int, ...] | None) -> dict[str, Any]:
+    """pycocotools would compare masks of different sizes without a word."""
+    if not isinstance(rle["counts"], str) or tuple(rle["size"]) != (size or tuple(rle["size"])):
+        raise ValueError
+    return rle
 
 
 def _text_rle(rle: dict[str, Any]) -> dict[str, Any]:

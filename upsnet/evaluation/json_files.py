@@ -121,5 +121,5 @@ class JsonListReader:
             self._next = None if line == "]" else json.loads(line.removesuffix(","))
         except (UnicodeDecodeError, json.JSONDecodeError):
             raise DataError(f"{self._path}: is damaged or incomplete: run the test without --eval_only") from None
-        if self._next is not None and "image_id" not in self._next:
+        if line != "]" and not (isinstance(self._next, dict) and "image_id" in self._next):
             raise DataError(f"{self._path}: a record has no 'image_id': run the test without --eval_only")

@@ -161,7 +161,8 @@ def read_results(folder: Path, categories: Categories) -> Iterator[Prediction]:
         if "semantic" in index["parts"]:
             prediction.semantic_map = _read_semantic(folder / "semantic" / image["png"], image["id"], len(categories))
         if detections is not None:
-            prediction.instances = detections.of_image(image["id"])
+            size = None if prediction.segment_map is None else prediction.segment_map.shape
+            prediction.instances = detections.of_image(image["id"], size)
         yield prediction
     if detections is not None:
         detections.check_end()
