@@ -64,6 +64,13 @@ def test_losses_of_a_validation_are_formed_in_the_reference_view(tiny_run):
         assert not batch.views and batch.instances is not None and batch.sizes[0][0] in (64, 85)
 
 
+def test_a_longest_side_that_leaves_no_room_for_a_scale_is_told(done):
+    ran = upsnet("test", "--cfg", done, "test.scales=[64, 96, 128]", "test.max_size=85")
+    assert ran.code == 0, ran.err
+    assert "test.max_size=85 brings scales of 6 of the 6 images to the same size" in ran.err
+    assert "brings scales" not in upsnet("test", "--cfg", done, "test.scales=[64, 96]", "test.max_size=171").err
+
+
 def test_a_scale_named_twice_is_refused(tiny_run):
     ran = upsnet("test", "--cfg", tiny_run.recipe, "test.scales=[64, 96, 64]")
     assert ran.code == 2 and "test.scales" in ran.errors[0] and "must name each scale once" in ran.errors[0]

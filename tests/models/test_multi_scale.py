@@ -103,7 +103,7 @@ def test_scores_are_carried_pixel_by_pixel(name):
 
 
 @pytest.mark.parametrize("size", [(60, 85), (61, 64), (90, 47)])
-@pytest.mark.parametrize("short_side", [60, 47, 33, 75, 120, 181])
+@pytest.mark.parametrize("short_side", [59, 47, 33, 75, 120, 181])
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_ramp_in_the_photo_lies_at_the_same_place_in_every_view(size, short_side, flip):
     """From the photo through OpenCV's resizing: sub-pixel, for any scale, mirrored about the photo's middle."""

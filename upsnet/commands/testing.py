@@ -13,6 +13,7 @@ from upsnet.commands.startup import say_where
 from upsnet.commands.submitting import pack
 from upsnet.config import Recipe, paths
 from upsnet.dataset.coco_panoptic import CocoPanoptic
+from upsnet.dataset.views import PhotoViews
 from upsnet.engine.inference_loop import predict_batches, run_test
 from upsnet.engine.log import logging_to
 from upsnet.evaluation.result_files import ResultWriter, read_results, write_summary
@@ -78,16 +79,24 @@ def _fresh_predictions(recipe: Recipe, dataset: CocoPanoptic, weights: Path) -> 
     builders.load_trained(recipe, network, read_weights(weights), dataset.categories)
     say_where(device)
     logger.info("testing %s on %d images of %s", weights, dataset.num_photos, recipe.dataset.dataset_path)
-    _say_views(recipe)
+    _say_views(recipe, dataset)
     loader = builders.build_test_loader(recipe, dataset)
     return predict_batches(network.to(device), loader, recipe.test.precision)
 
 
-def _say_views(recipe: Recipe) -> None:
-    count = builders.test_views(recipe).count
-    if count > 1:
+def _say_views(recipe: Recipe, dataset: CocoPanoptic) -> None:
+    views = builders.test_views(recipe)
+    if views.count > 1:
         scales, mirrored = ", ".join(map(str, recipe.test.scales)), ", also mirrored" if recipe.test.flip else ""
-        logger.info("each image is seen in %d views: short sides %s%s", count, scales, mirrored)
+        logger.info("each image is seen in %d views: short sides %s%s", views.count, scales, mirrored)
+    fewer = sum(len(sizes) < len(recipe.test.scales) for sizes in PhotoViews(dataset, views).padded_sizes())
+    if fewer:
+        logger.warning(
+            "test.max_size=%d brings scales of %d of the %d images to the same size, which is seen once: raise it",
+            recipe.test.max_size,
+            fewer,
+            dataset.num_photos,
+        )
 
 
 def _store(predictions: Iterable[Prediction], dataset: CocoPanoptic, folder: Path) -> None:

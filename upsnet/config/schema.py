@@ -287,7 +287,7 @@ class TestOptions(_Options):
     scales: Annotated[Scales, AfterValidator(_distinct)] = Field(
         (800,),
         description="short sides of the image in pixels; with several the image is seen at each, and the results are "
-        "fused at the first; `max_size` must leave room for all of them",
+        "fused at the first; scales that `max_size` makes the same count once",
     )
     flip: bool = Field(False, description="the image is seen mirrored as well, at each scale, and all is fused")
     max_size: Count = Field(1333, description="upper limit of the long side in pixels, at every scale")

@@ -16,7 +16,8 @@ from upsnet.structures.sample import Sample
 class Views:
     """Every photo at each scale and, with `flip`, mirrored as well.
 
-    The first scale, not mirrored, is the reference: the sample itself, on which the network fuses the others.
+    The first scale, not mirrored, is the reference: the sample itself, on which the network fuses the others. Scales
+    that the longest side makes the same for a photo are seen once.
 
     transforms: each of one scale, at least one.
     """
@@ -26,7 +27,7 @@ class Views:
 
     @property
     def count(self) -> int:
-        """How often the network sees a photo."""
+        """How often the network sees a photo at most."""
         return len(self.transforms) * (2 if self.flip else 1)
 
     def sample(self, photo: NDArray[np.uint8], image_id: int = 0, file_name: str = "") -> Sample:
@@ -37,21 +38,27 @@ class Views:
         """
         height, width = photo.shape[:2]
         samples = []
-        for transform in self.transforms:
-            scale = transform.scale(height, width, image_id)
+        for transform, scale in self._distinct(height, width, image_id).values():
             for flipped in (False, True)[: 2 if self.flip else 1]:
                 image = transform.image(photo[:, ::-1] if flipped else photo, scale)
                 samples.append(Sample(image_id, file_name, image, (height, width), scale, flipped))
         return replace(samples[0], views=samples[1:])
 
     def padded_sizes(self, height: int, width: int, image_id: int = 0) -> tuple[tuple[int, int], ...]:
-        """Per scale the size that `collate` gives to a photo alone in its batch: photos of a batch must agree in all.
+        """The sizes, scale by scale, that `collate` gives to a photo alone: photos of a batch must agree in all.
 
         Raises:
             DataError: as in `sample`.
         """
-        scales = [transform.scale(height, width, image_id) for transform in self.transforms]
-        return tuple(padded_size(scaled_size(height, width, scale)) for scale in scales)
+        return tuple(padded_size(size) for size in self._distinct(height, width, image_id))
+
+    def _distinct(self, height: int, width: int, image_id: int) -> dict[tuple[int, int], tuple[Transform, float]]:
+        """The sizes at which a photo is seen, each with the first transform and scale that lead to it."""
+        found: dict[tuple[int, int], tuple[Transform, float]] = {}
+        for transform in self.transforms:
+            scale = transform.scale(height, width, image_id)
+            found.setdefault(scaled_size(height, width, scale), (transform, scale))
+        return found
 
 
 class PhotoViews(Dataset[Sample]):
