@@ -259,3 +259,8 @@ def test_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(RecipeError, match="device 1 is not there"):
         builders.choose_device(recipe)
+    assert builders.choose_device(recipe, torch.device("cuda")) == torch.device("cuda")
+    for wanted in ("cpu", "meta"):
+        assert builders.choose_device(recipe, torch.device(wanted)) == torch.device(wanted)
+    with pytest.raises(RecipeError, match="cuda:1 is not there, this machine has 1"):
+        builders.choose_device(recipe, torch.device("cuda:1"))

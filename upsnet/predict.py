@@ -192,7 +192,7 @@ def load(
         overrides: recipe keys, `{"test.scales": [480]}` or `["test.scales=[480]"]`.
 
     Raises:
-        UserError: the recipe or the weights are at fault, or nothing tells the classes.
+        UserError: the recipe or the weights are at fault, there is no such device, or nothing tells the classes.
     """
     return load_predictor(
         load_recipe(recipe, overrides),
@@ -203,6 +203,7 @@ def load(
 
 def load_predictor(recipe: Recipe, weights: Path | None = None, device: torch.device | None = None) -> Predictor:
     """`load` for a recipe that is already read."""
+    device = builders.choose_device(recipe, device)
     file = read_weights(weights) if weights is not None else None
     categories = _categories_of(recipe, file)
     builders.check_class_counts(recipe, categories, f"the class table of {weights or recipe.dataset.dataset}")
@@ -211,7 +212,7 @@ def load_predictor(recipe: Recipe, weights: Path | None = None, device: torch.de
         _start_untrained(recipe, network, categories)
     else:
         builders.load_trained(recipe, network, file, categories)
-    network.to(device or builders.choose_device(recipe)).eval()
+    network.to(device).eval()
     return Predictor(network, categories, builders.test_views(recipe), recipe.test.precision, recipe.test.batch_size)
 
 

@@ -17,13 +17,22 @@ from upsnet.structures.draws import seed_of
 from upsnet.structures.errors import RecipeError
 
 
-def choose_device(recipe: Recipe) -> torch.device:
-    """The first device of `gpus` where CUDA is found, else the CPU."""
-    if not torch.cuda.is_available():
+def choose_device(recipe: Recipe, wanted: torch.device | None = None) -> torch.device:
+    """The wanted device; None: the first one of `gpus` where CUDA is found, else the CPU.
+
+    Raises:
+        RecipeError: there is no such device.
+    """
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted is not None:
+        if wanted.type == "cuda" and (wanted.index or 0) >= found:
+            raise RecipeError(f"device: {wanted} is not there, this machine has {found} of the kind: choose another")
+        return wanted
+    if not found:
         return torch.device("cpu")
     first = int(recipe.gpus.split(",")[0])
-    if first >= torch.cuda.device_count():
-        raise RecipeError(f"gpus: device {first} is not there, this machine has {torch.cuda.device_count()}")
+    if first >= found:
+        raise RecipeError(f"gpus: device {first} is not there, this machine has {found}")
     return torch.device("cuda", first)
 
 
