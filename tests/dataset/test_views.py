@@ -55,15 +55,17 @@ def test_scale_after_scale_as_it_is_then_mirrored(flip):
 
 def test_scales_that_the_longest_side_makes_the_same_are_seen_once():
     views = views_of(60, 75, 90, flip=True, max_size=100)
-    # 47×77: 60 → 98.3 fits, the others are bounded by 100. 48×80: 60 → exactly 100. 59.9… and 60 round to one size.
+    # 47×77: 60 → 98.3 fits, the others are bounded by 100. 50×83: 60 → 99.6 and 100 are one size, but not one scale.
     for size, expected in {
         (47, 77): [(60, 98), (61, 100)],
         (48, 80): [(60, 100)],
+        (50, 83): [(60, 100)],
         (96, 161): [(60, 100)],
         (50, 50): [(60, 60), (75, 75), (90, 90)],
     }.items():
         sample = views.sample(np.zeros((*size, 3), np.uint8))
         assert [each.size for each in (sample, *sample.views)] == [seen for seen in expected for _ in range(2)]
+        assert sample.scale == views.transforms[0].scale(*size, 0), "the first scale is the reference"
         assert len(views.padded_sizes(*size)) == len(expected)
     assert len({views.padded_sizes(*size) for size in ((47, 77), (48, 80))}) == 2, "they do not meet in a batch"
 
