@@ -237,8 +237,6 @@ def test_the_twin_says_the_same(views, unknown):
         network = network_for(seed)
         if not unknown:
             network.sampling = replace(network.sampling, keep_fraction=1.0)
-            # The panoptic map takes weaker boxes than the list of detections.
-            network.selection = replace(network.selection, panoptic_score_threshold=0.2)
         sample = views.sample(photo_of((40, 53), seed), 7, "a.jpg")
         (prediction,) = network(collate([sample]))
         expected = twin.predict(network, spread(sample))
@@ -390,6 +388,18 @@ def test_photos_together_give_what_each_gives_alone():
         assert_alike(prediction, alone, pixels=0.002)
         things += len(alone.instances)
     assert things > 3
+
+
+@torch.no_grad()
+def test_the_threshold_of_detections_leaves_the_panoptic_map_alone():
+    batch = collate([views_of(40, 27).sample(photo_of((40, 53)))])
+    network = network_for(0)
+    (prediction,) = network(batch)
+    network.selection = replace(network.selection, detections=replace(network.selection.detections, score_threshold=2))
+    (other,) = network(batch)
+    assert len(prediction.instances) > 0 and len(other.instances) == 0
+    assert any(segment.score is not None for segment in other.segments) and other.segments == prediction.segments
+    assert np.array_equal(other.segment_map, prediction.segment_map)
 
 
 @torch.no_grad()
