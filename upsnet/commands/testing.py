@@ -92,7 +92,8 @@ def _say_views(recipe: Recipe, dataset: CocoPanoptic) -> None:
     fewer = sum(len(sizes) < len(recipe.test.scales) for sizes in PhotoViews(dataset, views).padded_sizes())
     if fewer:
         logger.warning(
-            "test.max_size=%d brings scales of %d of the %d images to the same size, which is seen once: raise it",
+            "test.max_size=%d brings scales of %d of the %d images to the same size: these are seen in fewer views; "
+            "a larger test.max_size avoids it",
             recipe.test.max_size,
             fewer,
             dataset.num_photos,
