@@ -39,7 +39,7 @@ def weights(path: Path, form: Form | None = None, out: Path | None = None) -> No
     for title, text in _description(file).items():
         print(f"{title:15} {text}")
     for use, names in fitting.items():
-        print(f"{use} of {'these recipes:' if names else 'no shipped recipe'}", *names, sep="\n  ")
+        print(f"{use} of these recipes:{'' if names else ' none'}", *names, sep="\n  ")
 
 
 def _description(file: WeightFile) -> dict[str, str]:
