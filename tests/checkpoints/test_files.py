@@ -151,6 +151,11 @@ def test_faults_are_named_in_one_sentence(tmp_path, monkeypatch, fault):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_missing_released_file_names_the_command(tmp_path):
+    with pytest.raises(WeightsError, match=r"check the path, or run \./download_weights\.sh coco$"):
+        read_weights(tmp_path / "upsnet_resnet_50_coco_90000.pth")
+
+
 def test_missing_files_and_folders(tmp_path):
     for name in ("w.pth", "w.safetensors"):
         with pytest.raises(WeightsError, match=rf"there is no weight file .*{name}"):

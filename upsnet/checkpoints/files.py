@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from upsnet.checkpoints import released, resnet
+from upsnet.checkpoints.manifest import known_file
 from upsnet.structures.categories import Categories
 from upsnet.structures.errors import WeightsError
 
@@ -235,7 +236,9 @@ def _first_bytes(path: Path) -> bytes:
         with open(path, "rb") as file:
             return file.read(64)
     except FileNotFoundError as error:
-        raise WeightsError(f"there is no weight file {path}: check the path, or train or download it first") from error
+        known = known_file(path.name)
+        get = f"run ./download_weights.sh {known.group}" if known else "train or download it first"
+        raise WeightsError(f"there is no weight file {path}: check the path, or {get}") from error
     except OSError as error:
         raise _not_readable(path, error) from error
 
