@@ -121,10 +121,11 @@ def table(rounds: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def run(description: str, table: Callable[[int], str], rounds: int) -> None:
+    """The command line of a benchmark: prints its table, which takes the number of rounds, and writes it with --out."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--out", type=Path, help="also write the table to this file")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=rounds)
     options = parser.parse_args()
     text = table(options.rounds)
     print(text)
@@ -134,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, table, rounds=7)

@@ -5,7 +5,6 @@ figures are medians after a warm-up. The ratio is the official rule's time over 
 to read both maps once.
 """
 
-import argparse
 import datetime
 import os
 import platform
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.operators import medians, processor
+from benchmarks.operators import medians, processor, run
 from upsnet.evaluation.panoptic_quality import Overlaps, match_segments
 from upsnet.operators import library
 from upsnet.structures.categories import Categories, Category
@@ -159,19 +158,7 @@ def table(rounds: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="also write the table to this file")
-    parser.add_argument("--rounds", type=int, default=51)
-    options = parser.parse_args()
+if __name__ == "__main__":
     if library.count_overlaps is None:
         sys.exit(f"{library.describe_counting()}: build it first")
-    text = table(options.rounds)
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text)
-
-
-if __name__ == "__main__":
-    main()
+    run(__doc__, table, rounds=51)

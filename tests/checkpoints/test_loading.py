@@ -22,8 +22,11 @@ def test_fitting_weights_go_in_whole():
 def test_counters_of_batch_norm_may_be_absent_or_too_many():
     state = network().state_dict()
     del state["norm.num_batches_tracked"]
-    load_into(network(), state, "w.pth")
-    load_into(nn.Linear(2, 3), nn.Linear(2, 3).state_dict() | {"x.num_batches_tracked": torch.tensor(1)}, "w.pth")
+    report = load_into(network(), state, "w.pth")
+    assert report.loaded == list(state) and report.differences() == ""
+    surplus = nn.Linear(2, 3).state_dict() | {"x.num_batches_tracked": torch.tensor(1)}
+    report = load_into(nn.Linear(2, 3), surplus, "w.pth")
+    assert report.loaded == ["weight", "bias"] and report.differences() == ""
 
 
 def test_another_network_is_refused_and_nothing_changes():

@@ -109,4 +109,7 @@ def test_like_its_twin(seed):
 
 
 def test_dividing_before_the_first_step_does_nothing():
-    CaffeSGD([nn.Parameter(torch.ones(2))]).divide_momentum(10)
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = CaffeSGD([parameter])
+    optimizer.divide_momentum(10)
+    assert not optimizer.state and parameter.tolist() == [1, 1]

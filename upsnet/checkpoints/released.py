@@ -5,22 +5,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from upsnet.checkpoints import resnet
 from upsnet.checkpoints.names import NameTable
 from upsnet.structures.categories import Categories
 from upsnet.structures.class_tables import class_table
 from upsnet.structures.errors import WeightsError
 
-_BLOCK, _OUR_BLOCK = "resnet_backbone.res{stage}.layers.{block}", "backbone.res{stage}.{block}"
+_BLOCK = "resnet_backbone.res{stage}.layers.{block}"
 _CONV, _OUR_CONV = "fcn_head.fcn_subnet.conv.{layer}.0", "semantic_head.layers.{layer}"
 
 _NAMES = NameTable(
-    ("resnet_backbone.conv1.conv1", "backbone.stem.conv"),
-    ("resnet_backbone.conv1.bn1", "backbone.stem.norm"),
-    (f"{_BLOCK}.conv{{n}}", f"{_OUR_BLOCK}.conv{{n}}"),
-    (f"{_BLOCK}.conv{{n}}_offset", f"{_OUR_BLOCK}.conv{{n}}.offset"),
-    (f"{_BLOCK}.bn{{n}}", f"{_OUR_BLOCK}.norm{{n}}"),
-    (f"{_BLOCK}.downsample.0", f"{_OUR_BLOCK}.downsample.conv"),
-    (f"{_BLOCK}.downsample.1", f"{_OUR_BLOCK}.downsample.norm"),
+    *resnet.layers(stem="resnet_backbone.conv1.", block=_BLOCK),
+    (f"{_BLOCK}.conv{{n}}_offset", f"{resnet.OUR_BLOCK}.conv{{n}}.offset"),
     ("fpn.fpn_gap", "fpn.global_average"),
     ("fpn.fpn_p{level}_1x1", "fpn.lateral.{level-2}.conv"),
     ("fpn.fpn_p{level}", "fpn.output.{level-2}.conv"),

@@ -7,16 +7,26 @@ from torch import Tensor
 
 from upsnet.checkpoints.names import NameTable
 
-_BLOCK, _OUR_BLOCK = "layer{stage-1}.{block}", "backbone.res{stage}.{block}"
+OUR_BLOCK = "backbone.res{stage}.{block}"
 
-_NAMES = NameTable(
-    ("conv1", "backbone.stem.conv"),
-    ("bn1", "backbone.stem.norm"),
-    (f"{_BLOCK}.conv{{n}}", f"{_OUR_BLOCK}.conv{{n}}"),
-    (f"{_BLOCK}.bn{{n}}", f"{_OUR_BLOCK}.norm{{n}}"),
-    (f"{_BLOCK}.downsample.0", f"{_OUR_BLOCK}.downsample.conv"),
-    (f"{_BLOCK}.downsample.1", f"{_OUR_BLOCK}.downsample.norm"),
-)
+
+def layers(stem: str, block: str) -> tuple[tuple[str, str], ...]:
+    """The layers of a ResNet beside ours, for a `NameTable`.
+
+    Args:
+        stem, block: how the names of the stem's layers begin, and those of a block `{block}` of stage `{stage}`.
+    """
+    return (
+        (f"{stem}conv1", "backbone.stem.conv"),
+        (f"{stem}bn1", "backbone.stem.norm"),
+        (f"{block}.conv{{n}}", f"{OUR_BLOCK}.conv{{n}}"),
+        (f"{block}.bn{{n}}", f"{OUR_BLOCK}.norm{{n}}"),
+        (f"{block}.downsample.0", f"{OUR_BLOCK}.downsample.conv"),
+        (f"{block}.downsample.1", f"{OUR_BLOCK}.downsample.norm"),
+    )
+
+
+_NAMES = NameTable(*layers(stem="", block="layer{stage-1}.{block}"))
 
 
 def our_name(name: str) -> str | None:
