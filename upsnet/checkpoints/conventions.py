@@ -4,13 +4,12 @@ caffe: a bottleneck's stride lies in its first 1×1 convolution; the input is BG
 torchvision: it lies in the 3×3; the input is RGB, 0..1, minus means and divided by deviations.
 """
 
-import hashlib
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import get_args
 
 from upsnet.checkpoints.files import WeightFile
+from upsnet.checkpoints.lock import sha256_of
 from upsnet.checkpoints.manifest import Convention, known_file, known_files
 from upsnet.structures.errors import WeightsError
 
@@ -47,7 +46,7 @@ def known_convention(file: WeightFile, asked: Convention | None = None) -> Known
             f"{file.path}: its convention is '{file.convention}': it must be one of {', '.join(get_args(Convention))}; "
             f"set network.pretrained_convention"
         )
-    checksum = _sha256(file.path)
+    checksum = sha256_of(file.path)
     for known in known_files():
         if known.convention and any(s.sha256 and checksum.startswith(s.sha256) for s in known.sources):
             return KnownConvention(known.convention, f"its checksum, that of {known.name}")
@@ -62,8 +61,3 @@ def known_convention(file: WeightFile, asked: Convention | None = None) -> Known
     if named_like is not None and named_like.convention:
         return KnownConvention(named_like.convention, "its name")
     return None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

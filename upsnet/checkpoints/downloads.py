@@ -1,6 +1,5 @@
 """A file of the manifest → checked and in its place: whole or not at all, from the first source that gives it."""
 
-import hashlib
 import io
 import logging
 import os
@@ -12,7 +11,7 @@ from itertools import count
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from upsnet.checkpoints.lock import LOCK, Record, read_lock, write_record
+from upsnet.checkpoints.lock import LOCK, Record, read_lock, sha256_of, write_record
 from upsnet.checkpoints.manifest import KnownFile, Source
 from upsnet.checkpoints.transfer import Patience, TransferError, discard, fetch, part_of
 from upsnet.structures.errors import WeightsError
@@ -40,7 +39,7 @@ def fault_of(file: KnownFile, folder: Path) -> str | None:
         return "missing"
     if not path.is_file():
         return "no file"
-    digest = _sha256(path)
+    digest = sha256_of(path)
     if any(digest.startswith(s.sha256) for s in file.sources if s.sha256 and s.format == "weights"):
         return None
     if file.is_pinned:
@@ -104,7 +103,7 @@ def _download(file: KnownFile, source: Source, folder: Path, patience: Patience)
     part = part_of(path, source)
     fetch(source, part, patience)
     try:
-        digest = _sha256(part)
+        digest = sha256_of(part)
         _check_sum(digest, source, read_lock(folder).get(file.path))
         if source.format == "tfjs":
             _convert(part, path)
@@ -167,7 +166,7 @@ def _move_aside(path: Path) -> None:
 
 def _record(file: KnownFile, folder: Path, url: str) -> None:
     path = folder / file.path
-    write_record(folder, file.path, Record(_sha256(path), path.stat().st_size, url))
+    write_record(folder, file.path, Record(sha256_of(path), path.stat().st_size, url))
 
 
 def _in_registry(source: Source) -> Source:
@@ -189,11 +188,3 @@ def _registry() -> str:
     except (OSError, subprocess.SubprocessError):
         return PUBLIC_REGISTRY
     return answer if answer.startswith(("http://", "https://")) else PUBLIC_REGISTRY
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read ({error.strerror or error}): check its permissions") from error

@@ -1,5 +1,6 @@
 """The lock file beside the weights: checksums that no one published, as they were when the files came."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +19,19 @@ class Record:
     sha256: str
     size: int
     source: str
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file, as 64 hexadecimal digits.
+
+    Raises:
+        WeightsError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read ({error.strerror or error}): check its permissions") from error
 
 
 def read_lock(folder: Path) -> Mapping[str, Record]:
