@@ -118,10 +118,10 @@ def test_excuses_are_those_of_whole_segments():
     assert [s.id for s in matching.ignored] == [1]
 
 
-def test_the_accumulator_takes_the_option():
-    quality, plain = PanopticQuality(CATEGORIES, boundary=True), PanopticQuality(CATEGORIES)
+def test_boundaries_lower_the_quality():
+    quality, plain = PanopticQuality(CATEGORIES), PanopticQuality(CATEGORIES)
     for seed in range(60):
         pair = random_pair(seed)
-        quality.add(*pair)
+        quality.add_matching(match_segments(*pair, CATEGORIES, boundary=True))
         plain.add(*pair)
     assert 0 < quality.summary()["all"]["pq"] < plain.summary()["all"]["pq"]

@@ -28,14 +28,14 @@ def outcome(prediction, truth, **options):
 
 def assert_equals_twin(pairs, official):
     """Every photo alone, and the sums over all."""
-    quality = PanopticQuality(CATEGORIES, official)
+    quality = PanopticQuality(CATEGORIES)
     kinds = {"tp": 0, "fn": 0, "fp": 0, "ignored": 0}
     for prediction, truth in pairs:
         fast, slow = outcome(prediction, truth, official=official), slow_match(prediction, truth, official)
         assert fast["tp"].keys() == slow["tp"].keys()
         assert all(iou == slow["tp"][pair] or abs(iou - slow["tp"][pair]) < 1e-12 for pair, iou in fast["tp"].items())
         assert all(fast[kind] == slow[kind] for kind in ("fn", "fp", "ignored"))
-        quality.add(prediction, truth)
+        quality.add_matching(match_segments(prediction, truth, CATEGORIES, official))
         kinds = {kind: count + len(fast[kind]) for kind, count in kinds.items()}
     assert min(kinds.values()) > 100, "the random cases must exercise every outcome"
     return quality.summary(), slow_summary(pairs, len(CATEGORIES), official)
@@ -186,8 +186,8 @@ def test_official_believes_a_halved_area():
     truth.segments[0].area = 2
     # 4 / (4 + 2 - 4)
     assert outcome(prediction_of([1, 1, 1, 1], {1: 0}), truth, official=True)["tp"] == {(7, 1): 2.0}
-    quality = PanopticQuality(CATEGORIES, official=True)
-    quality.add(prediction_of([1, 1, 1, 1], {1: 0}), truth)
+    quality = PanopticQuality(CATEGORIES)
+    quality.add_matching(match_segments(prediction_of([1, 1, 1, 1], {1: 0}), truth, CATEGORIES, official=True))
     assert quality.summary()["all"] == {"pq": 200.0, "sq": 200.0, "rq": 100.0, "n": 1}
 
 

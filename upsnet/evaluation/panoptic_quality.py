@@ -190,17 +190,15 @@ def quality_of(matching: Matching) -> float:
 class PanopticQuality:
     """Gathers PQ over a data set; memory does not grow with the number of photos."""
 
-    def __init__(self, categories: Categories, official: bool = False, boundary: bool = False) -> None:
-        """official, boundary: as in `match_segments`."""
+    def __init__(self, categories: Categories) -> None:
         self._categories = categories
-        self._official, self._boundary = official, boundary
         self._iou = np.zeros(len(categories), dtype=np.float64)
         # Rows: true positives, false positives, false negatives.
         self._counts = np.zeros((3, len(categories)), dtype=np.int64)
 
     def add(self, prediction: Prediction, truth: Truth) -> Matching:
         """Counts one photo and returns how its segments were matched; errors as in `match_segments`."""
-        matching = match_segments(prediction, truth, self._categories, self._official, self._boundary)
+        matching = match_segments(prediction, truth, self._categories)
         self.add_matching(matching)
         return matching
 
