@@ -36,7 +36,13 @@ find_python() {
 }
 
 # Hash of files and words; changes when any of them does.
-fingerprint() { (cat "$@"; printf '%s ' "$PWD" "$(command -v "${CXX:-}" || true)") | cksum | tr ' ' '-'; }
+fingerprint() {
+    (
+        cat "$@"
+        printf '%s ' "$PWD" "$(command -v "${CXX:-}" || true)" "${CUDA_HOME:-$(command -v nvcc || true)}" \
+            "${TORCH_CUDA_ARCH_LIST:-}"
+    ) | cksum | tr ' ' '-'
+}
 
 set_up_python() {
     local active="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" unfinished=.venv/.upsnet-unfinished base
@@ -95,7 +101,7 @@ is_built() {
 set_up_native() {
     local stamp=build/native-stamp log=build/native.log wanted started=$SECONDS
     if ! CXX="$(find_compiler)"; then
-        rm -f upsnet/operators/_native.* upsnet/operators/_overlaps.*
+        rm -f upsnet/operators/_native*.so upsnet/operators/_overlaps*.so
         say "native operators: not built, no C++20 compiler works here; torchvision's serve"
         return
     fi
@@ -106,7 +112,7 @@ set_up_native() {
         return
     fi
     mkdir -p build
-    rm -f upsnet/operators/_native.* upsnet/operators/_overlaps.*
+    rm -f upsnet/operators/_native*.so upsnet/operators/_overlaps*.so
     if "$python" setup.py --quiet build_ext --inplace --force >"$log" 2>&1 && is_built; then
         printf '%s' "$wanted" >"$stamp"
         say "native operators: built in $((SECONDS - started)) s"

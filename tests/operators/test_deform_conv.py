@@ -273,9 +273,9 @@ def test_missing_or_broken_library_steps_aside(content, tmp_path, monkeypatch):
     monkeypatch.delenv("UPSNET_NATIVE", raising=False)
     if content is not None:
         (tmp_path / "_native.abi3.so").write_bytes(content)
-    reason = module._load()
+    reason = module._load("_native", ())
     assert ("not built" if content is None else "does not load") in reason
     monkeypatch.setattr(module, "NOT_IN_USE_BECAUSE", reason)
-    assert not module.covers_nms(torch.zeros(1, 4)) and reason in module.describe()
+    assert not module.covers("nms_sorted", torch.zeros(1, 4)) and reason in module.describe()
     arguments, options = make_case(SHAPES[0])
     assert torch.equal(deform_conv2d(**arguments, **options), torchvision.ops.deform_conv2d(**arguments, **options))

@@ -16,8 +16,8 @@ def paths(device: str) -> dict[str, str]:
     """Name of the library that serves each operator for float32 tensors on `device`."""
     tensor = torch.zeros(1, 4, 1, 1, device=device)
     native = {
-        "deform_conv2d": library.covers_deform_conv2d(tensor, tensor),
-        "nms": library.covers_nms(tensor),
+        "deform_conv2d": library.covers("deform_conv2d", tensor, tensor),
+        "nms": library.covers("nms_sorted", tensor),
         "pyramid_roi_align": False,
     }
     return {name: "native" if covered else "torchvision" for name, covered in native.items()}

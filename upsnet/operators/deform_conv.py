@@ -1,5 +1,8 @@
 """Deformable convolution, v1 and modulated: the native kernel where it covers the call, torchvision's elsewhere."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torchvision
 from torch import Tensor
@@ -46,7 +49,7 @@ def deform_conv2d(
         input, offset, weight = input.float(), offset.float(), weight.float()
         bias = None if bias is None else bias.float()
         mask = None if mask is None else mask.float()
-    if library.covers_deform_conv2d(input, weight):
+    if weight.shape[1] == input.shape[1] and library.covers("deform_conv2d", input, weight):
         result: Tensor = torch.ops.upsnet.deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation)
     else:
         result = torchvision.ops.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
@@ -96,3 +99,68 @@ def _check(
         raise ValueError(f"deform_conv2d: mask has shape {tuple(mask.shape)}, {wanted_mask} is expected")
     if bias is not None and bias.shape != (outputs,):
         raise ValueError(f"deform_conv2d: bias has shape {tuple(bias.shape)}, ({outputs},) is expected")
+
+
+# -- what torch is to know about the native operator -------------------------------------------------------------------
+
+
+def _out_size(size: Any, kernel: Any, stride: int, padding: int, dilation: int) -> Any:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _dense_format(tensor: Tensor) -> torch.memory_format:
+    channels_last = not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _shape(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    size = [_out_size(input.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in range(2)]
+    return input.new_empty(input.shape[0], weight.shape[0], *size).to(memory_format=_dense_format(input))
+
+
+def _shape_of_gradients(
+    grad: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Tensor, ...]:
+    mask_shape = mask.shape if mask is not None else (input.shape[0], 0, *offset.shape[2:])
+    return (
+        input.new_empty(input.shape).to(memory_format=_dense_format(input)),
+        input.new_empty(offset.shape),
+        input.new_empty(weight.shape),
+        input.new_empty(weight.shape[0]),
+        input.new_empty(mask_shape),
+    )
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, offset, weight, bias, mask, ctx.stride, ctx.padding, ctx.dilation = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(input, offset, weight, mask)
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, offset, weight, mask = ctx.saved_tensors
+    grad_input, grad_offset, grad_weight, grad_bias, grad_mask = torch.ops.upsnet.deform_conv2d_backward(
+        grad, input, offset, weight, mask, ctx.stride, ctx.padding, ctx.dilation
+    )
+    optional = (grad_bias if ctx.has_bias else None, grad_mask if mask is not None else None)
+    return grad_input, grad_offset, grad_weight, *optional, None, None, None
+
+
+library.register("deform_conv2d", _shape, _gradient, _save_for_backward)
+library.register("deform_conv2d_backward", _shape_of_gradients)

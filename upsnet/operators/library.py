@@ -1,45 +1,62 @@
-"""Loads the native code, registers its operators with torch and decides what it covers.
+"""Loads the native code and decides what it covers.
 
-The only module of the package with an effect on import: where `_native.*.so` lies beside this file (built by
-`python setup.py build_ext --inplace`), its operators appear under `torch.ops.upsnet` with gradients and shape rules;
-`_overlaps.*.so` is an ordinary extension module. What is missing, broken or outdated steps aside, and torchvision's
-operators or numpy serve. `UPSNET_NATIVE=0` in the environment switches both off.
+`_native.*.so` (schemas and CPU kernels) and `_native_cuda.*.so` (CUDA kernels of the same operators) are built by
+`python setup.py build_ext --inplace` and lie beside this file; their operators appear under `torch.ops.upsnet`.
+`_overlaps.*.so` is an ordinary extension module. What is missing, broken or outdated steps aside, and PyTorch's
+operators or numpy serve. `UPSNET_NATIVE=0` in the environment switches all of it off.
+
+Each operator's own file tells `register` its shape rule, gradient and autocast rule; nothing else here knows operators.
 """
 
 import importlib
 import importlib.machinery
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-OPERATORS = ("deform_conv2d", "deform_conv2d_backward", "nms_sorted")
 FLOATS = (torch.float32, torch.float64)
+COVERED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+    "deform_conv2d": {"cpu": FLOATS},
+    "deform_conv2d_backward": {"cpu": FLOATS},
+    "nms_sorted": {"cpu": (torch.float32,)},
+}
+"""For each native operator, by kind of device, the dtypes that it takes. A device that is not named is not covered."""
+
 SWITCHED_OFF = "switched off by UPSNET_NATIVE=0"
+NOT_BUILT = "not built; `python setup.py build_ext --inplace` builds it"
+NO_CUDA = "this torch is built without CUDA"
 
 
-def _find_library() -> Path | None:
+def _find_library(name: str) -> Path | None:
     folder = Path(__file__).parent
-    names = (f"_native{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    names = (f"{name}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _load() -> str:
-    """Loads the library; the empty string, or the reason why it is not in use."""
+def _load(name: str, operators: tuple[str, ...]) -> str:
+    """Loads a library of operators; the empty string, or the reason why it is not in use."""
     if os.environ.get("UPSNET_NATIVE") == "0":
         return SWITCHED_OFF
-    path = _find_library()
+    path = _find_library(name)
     if path is None:
-        return "not built; `python setup.py build_ext --inplace` builds it"
+        return NOT_BUILT
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:  # damaged file, missing symbol; operators that torch refuses
         return f"{path.name} does not load: {str(error).splitlines()[0]}"
-    missing = [name for name in OPERATORS if not hasattr(torch.ops.upsnet, name)]
+    missing = [operator for operator in operators if not hasattr(torch.ops.upsnet, operator)]
     return f"{path.name} is outdated: it lacks {', '.join(missing)}; build it again" if missing else ""
+
+
+def _load_cuda(cpu_is_missing_because: str) -> str:
+    """The same for the CUDA kernels. They hang on the schemas of the CPU library and on torch's CUDA libraries."""
+    if torch.version.cuda is None:
+        return NO_CUDA
+    return cpu_is_missing_because or _load("_native_cuda", ())
 
 
 def _load_counting() -> tuple[Callable[..., Any] | None, str]:
@@ -49,113 +66,75 @@ def _load_counting() -> tuple[Callable[..., Any] | None, str]:
     try:
         return importlib.import_module("upsnet.operators._overlaps").count_overlaps, ""
     except ModuleNotFoundError:
-        return None, "not built; `python setup.py build_ext --inplace` builds it"
+        return None, NOT_BUILT
     except ImportError as error:
         return None, f"_overlaps does not load: {str(error).splitlines()[0]}"
 
 
-def _out_size(size: Any, kernel: Any, stride: int, padding: int, dilation: int) -> Any:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
-def _dense_format(tensor: Tensor) -> torch.memory_format:
-    channels_last = not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def _deform_conv2d_shape(
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    size = [_out_size(input.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in range(2)]
-    return input.new_empty(input.shape[0], weight.shape[0], *size).to(memory_format=_dense_format(input))
-
-
-def _deform_conv2d_backward_shape(
-    grad: Tensor,
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[Tensor, ...]:
-    mask_shape = mask.shape if mask is not None else (input.shape[0], 0, *offset.shape[2:])
-    return (
-        input.new_empty(input.shape).to(memory_format=_dense_format(input)),
-        input.new_empty(offset.shape),
-        input.new_empty(weight.shape),
-        input.new_empty(weight.shape[0]),
-        input.new_empty(mask_shape),
-    )
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, offset, weight, bias, mask, ctx.stride, ctx.padding, ctx.dilation = inputs
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(input, offset, weight, mask)
-
-
-def _deform_conv2d_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, offset, weight, mask = ctx.saved_tensors
-    grad_input, grad_offset, grad_weight, grad_bias, grad_mask = torch.ops.upsnet.deform_conv2d_backward(
-        grad, input, offset, weight, mask, ctx.stride, ctx.padding, ctx.dilation
-    )
-    optional = (grad_bias if ctx.has_bias else None, grad_mask if mask is not None else None)
-    return grad_input, grad_offset, grad_weight, *optional, None, None, None
-
-
-def _nms_sorted_shape(boxes: Tensor, groups: Tensor | None, threshold: float) -> Tensor:
-    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
-
-
-def _register() -> None:
-    torch.library.register_fake("upsnet::deform_conv2d", _deform_conv2d_shape)
-    torch.library.register_fake("upsnet::deform_conv2d_backward", _deform_conv2d_backward_shape)
-    torch.library.register_fake("upsnet::nms_sorted", _nms_sorted_shape)
-    torch.library.register_autograd("upsnet::deform_conv2d", _deform_conv2d_gradient, setup_context=_save_for_backward)
-
-
-NOT_IN_USE_BECAUSE = _load()
-if not NOT_IN_USE_BECAUSE:
-    _register()
-
-
+NOT_IN_USE_BECAUSE = _load("_native", tuple(COVERED))
+CUDA_NOT_IN_USE_BECAUSE = _load_cuda(NOT_IN_USE_BECAUSE)
 count_overlaps, COUNTING_NOT_IN_USE_BECAUSE = _load_counting()
 
 
 def native_in_use() -> bool:
-    """Whether the native library is loaded in this process."""
+    """Whether the native library of the CPU is loaded in this process."""
     return not NOT_IN_USE_BECAUSE
 
 
-def covers_deform_conv2d(input: Tensor, weight: Tensor) -> bool:
-    """Whether the native library takes this call: CPU, float32 (float64 for tests), one weight group."""
-    return (
-        native_in_use()
-        and input.device.type == weight.device.type == "cpu"
-        and input.dtype in FLOATS
-        and weight.shape[1] == input.shape[1]
-    )
+def native_cuda_in_use() -> bool:
+    """Whether the CUDA kernels are loaded in this process."""
+    return not CUDA_NOT_IN_USE_BECAUSE
 
 
-def covers_nms(boxes: Tensor) -> bool:
-    """Whether the native library takes this call: CPU and float32."""
-    return native_in_use() and boxes.device.type == "cpu" and boxes.dtype == torch.float32
+def register(
+    operator: str,
+    shape: Callable[..., Any],
+    gradient: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+    autocast: Callable[..., tuple[Any, ...]] | None = None,
+) -> None:
+    """Completes a native operator for torch; without the library it does nothing.
+
+    Args:
+        operator: its name under `torch.ops.upsnet`.
+        shape: the rule for fake tensors: the operator's arguments → empty results.
+        gradient, setup_context: as `torch.library.register_autograd` takes them.
+        autocast: (dtype of autocast, the operator's arguments) → the arguments that it is called with under autocast.
+    """
+    if not native_in_use():
+        return
+    torch.library.register_fake(f"upsnet::{operator}", shape)
+    if gradient is not None:
+        torch.library.register_autograd(f"upsnet::{operator}", gradient, setup_context=setup_context)
+    if autocast is not None:
+        for device in ("cpu", "cuda"):
+            torch.library.impl(f"upsnet::{operator}", f"Autocast{device.upper()}")(_cast(operator, device, autocast))
+
+
+def _cast(operator: str, device: str, autocast: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        cast = autocast(torch.get_autocast_dtype(device), *arguments)
+        with torch.autocast(device, enabled=False):
+            return getattr(torch.ops.upsnet, operator)(*cast)
+
+    return call
+
+
+def covers(operator: str, *tensors: Tensor) -> bool:
+    """Whether the native code takes this call: all tensors on one covered device, in covered dtypes."""
+    device = tensors[0].device.type
+    in_use = native_cuda_in_use() if device == "cuda" else native_in_use()
+    types = COVERED[operator].get(device, ())
+    return in_use and all(tensor.device.type == device and tensor.dtype in types for tensor in tensors)
 
 
 def describe() -> str:
     """One line for the start of a run: which operators are in use, and why not the native ones."""
-    if native_in_use():
-        return "native operators: deform_conv2d and nms on the CPU"
-    return f"native operators: not in use ({NOT_IN_USE_BECAUSE}); torchvision's serve, slower, with the same results"
+    if not native_in_use():
+        return f"native operators: not in use ({NOT_IN_USE_BECAUSE}); PyTorch's serve, slower, with the same results"
+    if native_cuda_in_use():
+        return "native operators: in use on the CPU and on CUDA"
+    return f"native operators: in use on the CPU; on CUDA not in use ({CUDA_NOT_IN_USE_BECAUSE})"
 
 
 def describe_counting() -> str:

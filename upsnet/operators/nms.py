@@ -24,7 +24,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         ValueError: a shape that does not fit, by the tensor's name.
     """
     _check(boxes, scores)
-    if not library.covers_nms(boxes):
+    if not library.covers("nms_sorted", boxes):
         kept: Tensor = torchvision.ops.nms(boxes, scores, iou_threshold)
         return kept
     order = scores.sort(stable=True, descending=True).indices
@@ -58,7 +58,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
     if inclusive:
         boxes = to_exclusive(boxes)
     order = scores.sort(stable=True, descending=True).indices
-    if library.covers_nms(boxes):
+    if library.covers("nms_sorted", boxes):
         by_group = groups[order].sort(stable=True).indices
         ordered = order[by_group]
         kept = torch.ops.upsnet.nms_sorted(boxes.index_select(0, ordered), groups[ordered].long(), iou_threshold)
@@ -80,3 +80,10 @@ def _check(boxes: Tensor, scores: Tensor) -> None:
         raise ValueError(f"nms: boxes has shape {tuple(boxes.shape)}, (N, 4) is expected")
     if scores.shape != boxes.shape[:1]:
         raise ValueError(f"nms: scores has shape {tuple(scores.shape)}, ({boxes.shape[0]},) is expected")
+
+
+def _shape(boxes: Tensor, groups: Tensor | None, threshold: float) -> Tensor:
+    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+library.register("nms_sorted", _shape)
