@@ -82,6 +82,7 @@ def torch_extensions() -> list[Extension]:
     """The operators on tensors."""
     root = torch_folder()
     if root is None:
+        print("upsnet: no torch here, so the operators on tensors are left out: build without isolation", file=sys.stderr)
         return []
     common = {
         "include_dirs": [str(root / "include"), str(root / "include/torch/csrc/api/include"), "lib/native"],
@@ -137,4 +138,6 @@ switched_off = os.environ.get("UPSNET_NATIVE") == "0"
 setup(
     ext_modules=[] if switched_off else torch_extensions() + cython_extensions(),
     cmdclass={"build_ext": BuildWithCuda},
+    # One wheel for Python 3.11 and later, as far as there is native code at all.
+    options={} if switched_off else {"bdist_wheel": {"py_limited_api": "cp311"}},
 )
