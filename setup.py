@@ -82,7 +82,7 @@ def torch_extensions() -> list[Extension]:
     """The operators on tensors."""
     root = torch_folder()
     if root is None:
-        print("upsnet: no torch here, so the operators on tensors are left out: build without isolation", file=sys.stderr)
+        print("upsnet: no torch here, so operators on tensors are left out: build without isolation", file=sys.stderr)
         return []
     common = {
         "include_dirs": [str(root / "include"), str(root / "include/torch/csrc/api/include"), "lib/native"],

@@ -11,7 +11,7 @@ import pytest
 from upsnet.operators import library
 
 ROOT = Path(__file__).resolve().parent.parent
-TREE = ("benchmarks", "docs", "lib", "tests", "upsnet", "init.sh", "init_coco.sh", "setup.py", "constraints.txt", "LICENSE")
+TREE = ("benchmarks", "docs", "lib", "tests", "upsnet", "init.sh", "setup.py", "constraints.txt", "LICENSE")
 
 
 def tracked_files():
