@@ -206,15 +206,49 @@ def test_operator_checks_of_torch(memory_format):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_computes_in_float32(dtype):
+@pytest.mark.parametrize("places", ["float32", "half"])
+def test_half_precision(dtype, places):
     arguments, options = make_case(SHAPES[1])
     halves = {name: tensor.to(dtype) for name, tensor in arguments.items()}
-    expected = deform_conv2d(**{name: tensor.float() for name, tensor in halves.items()}, **options).to(dtype)
-    assert torch.equal(deform_conv2d(**halves, **options), expected)
+    if places == "float32":
+        halves = {**halves, "offset": arguments["offset"], "mask": arguments["mask"]}
+    expected = deform_conv2d(**{name: tensor.float() for name, tensor in halves.items()}, **options)
+    found = deform_conv2d(**halves, **options)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.02 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_autocast_keeps_places_exact(given):
+    arguments, options = make_case(SHAPES[1])
+    arguments["input"] = arguments["input"].to(given)
+    expected_of = {name: arguments[name].bfloat16() for name in ("input", "weight", "bias")}
+    expected = deform_conv2d(**{**arguments, **expected_of}, **options)
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in arguments.items()}
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = deform_conv2d(**{**arguments, "input": halves["input"]}, **options)
-    assert mixed.dtype == dtype
-    torch.testing.assert_close(mixed, expected, rtol=0.05, atol=0.2)
+        found = deform_conv2d(**leaves, **options)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+    found.sum().backward()
+    assert all(leaf.grad.dtype == leaf.dtype for leaf in leaves.values())
+    double = {name: tensor.double() for name, tensor in arguments.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert deform_conv2d(**double, **options).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("input", torch.int64),
+        ("weight", torch.float64),
+        ("bias", torch.float16),
+        ("offset", torch.bfloat16),
+        ("mask", torch.float64),
+    ],
+)
+def test_wrong_types_are_refused_by_name(name, dtype):
+    arguments, options = make_case(SHAPES[1])
+    with pytest.raises(ValueError, match=f"{name} is of {dtype}"):
+        deform_conv2d(**{**arguments, name: arguments[name].to(dtype)}, **options)
 
 
 def test_weight_groups_go_to_torchvision():

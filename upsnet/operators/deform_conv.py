@@ -10,6 +10,7 @@ from torch import Tensor
 from upsnet.operators import library
 
 Pair = int | tuple[int, int]
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def deform_conv2d(
@@ -25,8 +26,9 @@ def deform_conv2d(
     """A convolution whose taps sample the input bilinearly at offset places (Dai et al. 2017, eq. 2).
 
     Signature and values are those of `torchvision.ops.deform_conv2d`. A sample outside the input counts as 0; one
-    within a pixel of the border fades towards 0. The output has the input's memory format: channels-last is the fast
-    one. Half precision and autocast compute in float32 and return the input's dtype.
+    within a pixel of the border fades towards 0. The output has the input's memory format (channels-last is the fast
+    one) and dtype. Sums are formed in float32 at least; places are never rounded to half precision: with a half
+    precision input `offset` and `mask` may be float32, and under autocast they stay so while the rest is cast.
 
     Args:
         input: (N, C, H, W).
@@ -40,15 +42,34 @@ def deform_conv2d(
         (N, O, H', W').
 
     Raises:
-        ValueError: a shape that does not fit, by the tensor's name.
+        ValueError: a shape or dtype that does not fit, by the tensor's name.
     """
-    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
-    _check(input, offset, weight, bias, mask, stride, padding, dilation)
+    geometry = _pair(stride), _pair(padding), _pair(dilation)
+    device = input.device.type
+    if not torch.is_autocast_enabled(device):
+        return _compute(input, offset, weight, bias, mask, *geometry)
+    cast = _autocast(torch.get_autocast_dtype(device), input, offset, weight, bias, mask, *geometry)
+    with torch.autocast(device, enabled=False):
+        return _compute(*cast)
+
+
+def _compute(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Tensor:
+    _check_types(input, offset, weight, bias, mask)
+    _check_shapes(input, offset, weight, bias, mask, stride, padding, dilation)
     given = input.dtype
-    if given in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(input.device.type):
-        input, offset, weight = input.float(), offset.float(), weight.float()
-        bias = None if bias is None else bias.float()
-        mask = None if mask is None else mask.float()
+    if given in HALVES:
+        offset, mask = offset.float(), None if mask is None else mask.float()
+        if not library.covers("deform_conv2d", input, weight):
+            input, weight, bias = input.float(), weight.float(), None if bias is None else bias.float()
     if weight.shape[1] == input.shape[1] and library.covers("deform_conv2d", input, weight):
         result: Tensor = torch.ops.upsnet.deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation)
     else:
@@ -60,7 +81,22 @@ def _pair(value: Pair) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _check(
+def _check_types(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> None:
+    given = input.dtype
+    if not given.is_floating_point:
+        raise ValueError(f"deform_conv2d: input is of {given}, a floating point type is expected")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != given:
+            raise ValueError(f"deform_conv2d: {name} is of {tensor.dtype}, input of {given}")
+    allowed = (given, torch.float32) if given in HALVES else (given,)
+    for name, tensor in (("offset", offset), ("mask", mask)):
+        if tensor is not None and tensor.dtype not in allowed:
+            raise ValueError(
+                f"deform_conv2d: {name} is of {tensor.dtype}, {' or '.join(map(str, allowed))} is expected"
+            )
+
+
+def _check_shapes(
     input: Tensor,
     offset: Tensor,
     weight: Tensor,
@@ -104,6 +140,22 @@ def _check(
 # -- what torch is to know about the native operator -------------------------------------------------------------------
 
 
+def _autocast(
+    dtype: torch.dtype,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    *geometry: Any,
+) -> tuple[Any, ...]:
+    """Features and weights go to autocast's type; places go to float32, as a bfloat16 of 300 pixels is even."""
+    if input.dtype == torch.float64:  # as torch's own rules leave it
+        return input, offset, weight, bias, mask, *geometry
+    cast = [None if tensor is None else tensor.to(dtype) for tensor in (input, weight, bias)]
+    return cast[0], offset.float(), *cast[1:], None if mask is None else mask.float(), *geometry
+
+
 def _out_size(size: Any, kernel: Any, stride: int, padding: int, dilation: int) -> Any:
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
@@ -140,10 +192,10 @@ def _shape_of_gradients(
     mask_shape = mask.shape if mask is not None else (input.shape[0], 0, *offset.shape[2:])
     return (
         input.new_empty(input.shape).to(memory_format=_dense_format(input)),
-        input.new_empty(offset.shape),
+        offset.new_empty(offset.shape),
         input.new_empty(weight.shape),
         input.new_empty(weight.shape[0]),
-        input.new_empty(mask_shape),
+        offset.new_empty(mask_shape),
     )
 
 
@@ -162,5 +214,5 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_input, grad_offset, grad_weight, *optional, None, None, None
 
 
-library.register("deform_conv2d", _shape, _gradient, _save_for_backward)
+library.register("deform_conv2d", _shape, _gradient, _save_for_backward, _autocast)
 library.register("deform_conv2d_backward", _shape_of_gradients)
