@@ -31,10 +31,10 @@ MUTANTS = (
     ),
     Mutant(
         "rounding for truncation in the mask paste",
-        "upsnet/models/postprocess.py",
+        "upsnet/operators/paste_masks.py",
         "grown = _grow(boxes, (side + 2) / side).astype(np.int32)",
         "grown = np.rint(_grow(boxes, (side + 2) / side)).astype(np.int32)",
-        ("tests/models/test_postprocess.py",),
+        ("tests/operators/test_paste_masks.py",),
     ),
     Mutant(
         "panoptic loss as a mean over labelled pixels",

@@ -7,37 +7,13 @@ from pycocotools import mask as coco_mask
 from tests.reference import panoptic as twin
 from upsnet.dataset.transforms import network_scale, scaled_size
 from upsnet.models.box_head import Candidates
-from upsnet.models.postprocess import detections_on_photo, labels_on_photo, merge_segments, paste_masks
+from upsnet.models.postprocess import detections_on_photo, labels_on_photo, merge_segments
 from upsnet.structures.sample import VOID
 
 PHOTO = (40, 55)
-BOXES = {
-    "inside": [10.3, 5.7, 30.2, 29.9],
-    "one pixel": [7.0, 9.0, 7.0, 9.0],
-    "one column": [7.0, 2.0, 7.0, 39.0],
-    "last pixel": [54.0, 39.0, 54.0, 39.0],
-    "whole photo": [0.0, 0.0, 54.0, 39.0],
-    "over the border": [-20.0, -10.0, 12.0, 12.0],
-    "outside": [80.0, 80.0, 90.0, 90.0],
-    "far outside": [-80.0, -80.0, -60.0, -60.0],
-    "inside out": [20.001, 5.0, 19.999, 20.0],
-    "larger than the photo": [-50.0, -50.0, 200.0, 200.0],
-}
 
 
-@pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
-@pytest.mark.parametrize("side", [7, 28])
-def test_paste_masks(side, box):
-    probabilities = torch.rand(1, side, side, generator=torch.Generator().manual_seed(0))
-    (rle,) = paste_masks(probabilities, np.array([box], dtype=np.float32), PHOTO)
-    assert isinstance(rle["counts"], str) and rle["size"] == list(PHOTO)
-    expected, margin = twin.paste_mask(probabilities[0].numpy(), box, PHOTO)
-    assert margin > 1e-6, "choose another seed: a value lies on the threshold"
-    assert np.array_equal(coco_mask.decode(rle).astype(bool), expected)
-
-
-def test_no_masks():
-    assert paste_masks(torch.zeros(0, 28, 28), np.zeros((0, 4), dtype=np.float32), PHOTO) == []
+def test_no_detections():
     none = Candidates(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
     found = detections_on_photo(none, torch.zeros(0, 28, 28), 0.5, PHOTO)
     assert len(found) == 0 and found.boxes.shape == (0, 4) and found.masks == []

@@ -17,9 +17,9 @@ from upsnet.models.boxes import box_iou, clip, decode, encode
 from upsnet.models.mask_head import mask_loss
 from upsnet.models.matching import AnchorSampling, RoISampling, SampledRoIs, mask_targets, match_anchors, sample_rois
 from upsnet.models.panoptic_head import fuse, panoptic_logits, panoptic_loss, panoptic_target, remove_hidden
-from upsnet.models.postprocess import merge_segments, paste_masks
+from upsnet.models.postprocess import merge_segments
 from upsnet.models.rpn import ProposalOptions, RPNOutput, propose, rpn_losses
-from upsnet.operators import nms_inclusive, pyramid_roi_align
+from upsnet.operators import nms_inclusive, paste_masks, pyramid_roi_align
 from upsnet.structures.masks import Masks, mask_from_coco
 from upsnet.structures.sample import VOID
 

@@ -4,6 +4,7 @@ from upsnet.operators.deform_conv import deform_conv2d
 from upsnet.operators.library import describe
 from upsnet.operators.nms import batched_nms, nms, nms_inclusive
 from upsnet.operators.overlaps import count_overlaps
+from upsnet.operators.paste_masks import paste_masks
 from upsnet.operators.pyramid_roi_align import pyramid_roi_align, roi_levels
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "describe",
     "nms",
     "nms_inclusive",
+    "paste_masks",
     "pyramid_roi_align",
     "roi_levels",
 ]

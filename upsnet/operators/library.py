@@ -23,6 +23,7 @@ COVERED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "deform_conv2d": {"cpu": FLOATS},
     "deform_conv2d_backward": {"cpu": FLOATS},
     "nms_sorted": {"cpu": (torch.float32,)},
+    "paste_masks": {"cpu": (torch.float32,)},
 }
 """For each native operator, by kind of device, the dtypes that it takes. A device that is not named is not covered."""
 
