@@ -13,12 +13,12 @@ from tests.reference.labels import segment_summary
 from upsnet.dataset.batches import Draw, SamePaddedSizeSampler, TrainingSampler, collate, start_loader_process
 from upsnet.dataset.coco_panoptic import CocoPanoptic
 from upsnet.dataset.image_sets import ImageSet, coco_image_sets
-from upsnet.dataset.segments import SegmentRuns
 from upsnet.dataset.transforms import Transform
 from upsnet.structures.errors import DataError
 from upsnet.structures.masks import Bitmap, Polygons
 from upsnet.structures.panoptic_png import id_to_rgb
 from upsnet.structures.sample import VOID
+from upsnet.structures.segment_runs import SegmentRuns
 
 TRANSFORM = Transform((60,), 200)
 

@@ -14,13 +14,13 @@ from upsnet.dataset.index import PanopticIndex
 from upsnet.dataset.index_cache import IndexCache
 from upsnet.dataset.instance_index import InstanceIndex
 from upsnet.dataset.photo_set import PhotoSet, check_folder
-from upsnet.dataset.segments import SegmentRuns
 from upsnet.structures.categories import Categories
 from upsnet.structures.errors import DataError
 from upsnet.structures.masks import Bitmap, Masks
 from upsnet.structures.pictures import read_segment_map
 from upsnet.structures.results import Segment, Truth
 from upsnet.structures.sample import VOID, Instances
+from upsnet.structures.segment_runs import SegmentRuns
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upsnet.models.box_head import Candidates
-from upsnet.operators import paste_masks
+from upsnet.operators import count_overlaps, paste_masks
 from upsnet.structures.results import Detections, Segment, segments_of
 from upsnet.structures.sample import VOID
 
@@ -31,7 +31,7 @@ def labels_on_photo(labels: Tensor, scale: float, original_size: tuple[int, int]
     rows = np.floor(np.arange(height) * step).astype(np.int64).clip(max=labels.shape[0] - 1)
     columns = np.floor(np.arange(width) * step).astype(np.int64).clip(max=labels.shape[1] - 1)
     small = labels.to(torch.int16).cpu().numpy()
-    return small[rows[:, None], columns[None, :]]
+    return small.take(columns, axis=1)[rows]
 
 
 def merge_segments(
@@ -55,26 +55,36 @@ def merge_segments(
     Returns:
         H×W segment ids (0 = no label) and the segments, ids ascending from 1: stuff first, then instances.
     """
-    stuff = np.where(channels < num_stuff, channels, VOID)
-    segment_map = np.zeros(channels.shape, dtype=np.int32)
+    pairs, pixels_of, _ = count_overlaps(channels.astype(np.int32), semantic.astype(np.int32))
+    majorities: dict[int, tuple[int, int]] = {}  # of each channel: votes and class
+    for (channel, label), votes in pairs.items():  # ascending: of equal ones the first class stays
+        if votes > majorities.get(channel, (0, 0))[0]:
+            majorities[channel] = votes, label
+
+    segment_ids = np.zeros(num_stuff + len(classes) + 1, dtype=np.int32)  # of each channel; the last, VOID's, stays 0
     semantic_ids: dict[int, int] = {}
     segment_scores: dict[int, float] = {}
-    for i, (thing, score) in enumerate(zip(classes.tolist(), scores.tolist(), strict=True)):
-        region = channels == num_stuff + i
-        area = int(region.sum())
-        if area == 0:
+    stuff: dict[int, int] = {}  # channels that are or become stuff, and its class
+    for channel, pixels in pixels_of.items():
+        votes, label = majorities[channel]
+        instance, segment_id = channel - num_stuff, channel + 1
+        if channel == VOID:
             continue
-        own = num_stuff - 1 + thing
-        votes = np.bincount(semantic[region])
-        majority = int(votes.argmax())
-        if majority < num_stuff and votes[majority] >= 0.5 * area:
-            stuff[region] = majority
-            continue
-        segment_id = num_stuff + i + 1
-        segment_map[region] = segment_id
-        semantic_ids[segment_id], segment_scores[segment_id] = own, score
-    areas = np.bincount(stuff[stuff != VOID], minlength=num_stuff)
-    for label in np.flatnonzero(areas >= max(stuff_area_limit, 1)).tolist():
-        segment_map[stuff == label] = label + 1
-        semantic_ids[label + 1] = label
+        if instance < 0:
+            stuff[channel] = channel
+        elif label < num_stuff and votes >= 0.5 * pixels:
+            stuff[channel] = label
+        else:
+            segment_ids[channel] = segment_id
+            semantic_ids[segment_id] = num_stuff - 1 + int(classes[instance])
+            segment_scores[segment_id] = float(scores[instance])
+    areas = np.zeros(num_stuff, dtype=np.int64)
+    for channel, label in stuff.items():
+        areas[label] += pixels_of[channel]
+    stays = areas >= max(stuff_area_limit, 1)
+    for channel, label in stuff.items():
+        if stays[label]:
+            segment_ids[channel] = label + 1
+            semantic_ids[label + 1] = label
+    segment_map = segment_ids.take(channels, mode="wrap")  # VOID, -1, is the last entry
     return segment_map, segments_of(segment_map, semantic_ids, segment_scores)

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from upsnet.structures.segment_runs import SegmentRuns
+
 
 @dataclass(slots=True)
 class TrainingOutput:
@@ -97,21 +99,12 @@ def segments_of(
         semantic_ids: semantic id of every segment id that occurs.
         scores: score of those segments that have one.
     """
-    height, width = segment_map.shape
-    ids, position = np.unique(segment_map, return_inverse=True)
-    position = position.reshape(height, width)
-    area = np.bincount(position.ravel(), minlength=len(ids))
-    # First and last occupied row and column of each id, from one pass over the map each.
-    rows = np.zeros((len(ids), height), dtype=bool)
-    columns = np.zeros((len(ids), width), dtype=bool)
-    rows[position, np.arange(height)[:, None]] = True
-    columns[position, np.arange(width)[None, :]] = True
-    segments = []
-    for i, segment_id in enumerate(ids.tolist()):
-        if segment_id == 0:
-            continue
-        ys, xs = np.flatnonzero(rows[i]), np.flatnonzero(columns[i])
-        box = (int(xs[0]), int(ys[0]), int(xs[-1] - xs[0] + 1), int(ys[-1] - ys[0] + 1))
-        score = scores.get(segment_id) if scores else None
-        segments.append(Segment(segment_id, semantic_ids[segment_id], int(area[i]), box, score))
-    return segments
+    scores = scores or {}
+    runs = SegmentRuns.of(segment_map)
+    return [
+        Segment(segment_id, semantic_ids[segment_id], area, (x, y, w, h), scores.get(segment_id))
+        for segment_id, area, (x, y, w, h) in zip(
+            runs.ids.tolist(), runs.areas.tolist(), runs.boxes.tolist(), strict=True
+        )
+        if segment_id != 0
+    ]
