@@ -19,7 +19,7 @@ from upsnet.models.matching import AnchorSampling, RoISampling, SampledRoIs, mas
 from upsnet.models.panoptic_head import fuse, panoptic_logits, panoptic_loss, panoptic_target, remove_hidden
 from upsnet.models.postprocess import merge_segments
 from upsnet.models.rpn import ProposalOptions, RPNOutput, propose, rpn_losses
-from upsnet.operators import nms_inclusive, paste_masks, pyramid_roi_align
+from upsnet.operators import nms, paste_masks, pyramid_roi_align
 from upsnet.structures.masks import Masks, mask_from_coco
 from upsnet.structures.sample import VOID
 
@@ -76,7 +76,7 @@ def test_overlaps_are_equal_to_the_bit(units: dict[str, Any]) -> None:
 
 def test_nms(units: dict[str, Any]) -> None:
     given, out = piece(units, "nms")
-    kept = nms_inclusive(given["dets"][:, :4], given["dets"][:, 4], float(given["thresh"]))
+    kept = nms(given["dets"][:, :4], given["dets"][:, 4], float(given["thresh"]), inclusive=True)
     assert kept.tolist() == out["keep"].tolist()
 
 

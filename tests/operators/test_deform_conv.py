@@ -310,6 +310,6 @@ def test_missing_or_broken_library_steps_aside(content, tmp_path, monkeypatch):
     reason = module._load("_native", ())
     assert ("not built" if content is None else "does not load") in reason
     monkeypatch.setattr(module, "NOT_IN_USE_BECAUSE", reason)
-    assert not module.covers("nms_sorted", torch.zeros(1, 4)) and reason in module.describe()
+    assert not module.covers("nms_flags", torch.zeros(1, 4)) and reason in module.describe()
     arguments, options = make_case(SHAPES[0])
     assert torch.equal(deform_conv2d(**arguments, **options), torchvision.ops.deform_conv2d(**arguments, **options))

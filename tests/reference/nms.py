@@ -5,7 +5,7 @@ import numpy as np
 
 def overlap(a: np.ndarray, b: np.ndarray, extra: float) -> np.float32:
     """Intersection over union of two boxes in float32; `extra` is 1 where the last pixel belongs to the box."""
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         one, zero = np.float32(extra), np.float32(0)
         areas = [(box[2] + one - box[0]) * (box[3] + one - box[1]) for box in (a, b)]
         width = max(zero, min(a[2] + one, b[2] + one) - max(a[0], b[0]))

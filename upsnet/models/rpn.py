@@ -11,7 +11,7 @@ from upsnet.models.anchors import base_anchors, grid_anchors
 from upsnet.models.boxes import clip, decode, widths_heights
 from upsnet.models.layers import smooth_l1, zero_bias
 from upsnet.models.matching import IGNORED, AnchorSampling, match_anchors
-from upsnet.operators import nms_inclusive
+from upsnet.operators import nms
 from upsnet.structures.draws import Draws
 
 SIGMA = 3.0
@@ -107,7 +107,7 @@ def propose(
             width, height = widths_heights(level_boxes)
             large = torch.minimum(width, height) >= options.min_size * scale
             level_boxes, level_scores = level_boxes[large], level_scores[large]
-        kept = nms_inclusive(level_boxes, level_scores, options.nms_threshold)[: options.post_nms]
+        kept = nms(level_boxes, level_scores, options.nms_threshold, inclusive=True)[: options.post_nms]
         boxes.append(level_boxes[kept])
         scores.append(level_scores[kept])
     all_boxes, all_scores = torch.cat(boxes), torch.cat(scores)

@@ -2,7 +2,7 @@
 
 from upsnet.operators.deform_conv import deform_conv2d
 from upsnet.operators.library import describe
-from upsnet.operators.nms import batched_nms, nms, nms_inclusive
+from upsnet.operators.nms import batched_nms, nms, nms_flags
 from upsnet.operators.overlaps import count_overlaps
 from upsnet.operators.paste_masks import paste_masks
 from upsnet.operators.pyramid_roi_align import pyramid_roi_align, roi_levels
@@ -13,7 +13,7 @@ __all__ = [
     "deform_conv2d",
     "describe",
     "nms",
-    "nms_inclusive",
+    "nms_flags",
     "paste_masks",
     "pyramid_roi_align",
     "roi_levels",

@@ -17,7 +17,7 @@ def paths(device: str) -> dict[str, str]:
     tensor = torch.zeros(1, 4, 1, 1, device=device)
     native = {
         "deform_conv2d": library.covers("deform_conv2d", tensor, tensor),
-        "nms": library.covers("nms_sorted", tensor),
+        "nms": library.covers("nms_flags", tensor),
         "pyramid_roi_align": False,
     }
     return {name: "native" if covered else "torchvision" for name, covered in native.items()}

@@ -22,7 +22,7 @@ FLOATS = (torch.float32, torch.float64)
 COVERED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "deform_conv2d": {"cpu": FLOATS},
     "deform_conv2d_backward": {"cpu": FLOATS},
-    "nms_sorted": {"cpu": (torch.float32,)},
+    "nms_flags": {"cpu": (torch.float32,)},
     "paste_masks": {"cpu": (torch.float32,)},
 }
 """For each native operator, by kind of device, the dtypes that it takes. A device that is not named is not covered."""
