@@ -72,7 +72,7 @@ def test_a_shared_parameter_is_in_one_group_once():
 def test_adamw_has_the_same_groups_with_equal_rates():
     optimizer = build_optimizer(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), "adamw", weight_decay=0.3)
     set_learning_rate(optimizer, 0.01)
-    assert isinstance(optimizer, torch.optim.AdamW)
+    assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]
     assert [(g["kind"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [
         ("norm", 0.01, 0), ("weight", 0.01, 0.3), ("bias", 0.01, 0),
     ]  # fmt: skip

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from upsnet.operators import caffe_sgd_
+
 OptimizerKind = Literal["sgd", "adamw"]
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -62,11 +64,7 @@ class CaffeSGD(torch.optim.Optimizer):
                 continue
             parameters, gradients = map(list, zip(*reached, strict=True))
             buffers = [self._buffer(p) for p in parameters]
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, gradients, alpha=group["lr"])
-            if group["weight_decay"]:
-                torch._foreach_add_(buffers, parameters, alpha=group["lr"] * group["weight_decay"])
-            torch._foreach_sub_(parameters, buffers)
+            caffe_sgd_(parameters, gradients, buffers, group["lr"], group["momentum"], group["weight_decay"])
 
     @torch.no_grad()
     def divide_momentum(self, divisor: float) -> None:
@@ -91,7 +89,7 @@ def build_optimizer(
     """
     if kind == "sgd":
         return CaffeSGD(parameter_groups(network, weight_decay, bias_factor=2.0), momentum)
-    return torch.optim.AdamW(parameter_groups(network, weight_decay, bias_factor=1.0))
+    return torch.optim.AdamW(parameter_groups(network, weight_decay, bias_factor=1.0), fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -1,5 +1,6 @@
 """The operators that dominate the time of networks and scores: one file each, native where the call is covered."""
 
+from upsnet.operators.caffe_sgd import caffe_sgd_
 from upsnet.operators.deform_conv import deform_conv2d
 from upsnet.operators.library import describe
 from upsnet.operators.nms import batched_nms, nms, nms_flags
@@ -9,6 +10,7 @@ from upsnet.operators.pyramid_roi_align import pyramid_roi_align, roi_levels
 
 __all__ = [
     "batched_nms",
+    "caffe_sgd_",
     "count_overlaps",
     "deform_conv2d",
     "describe",

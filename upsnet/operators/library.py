@@ -20,6 +20,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64)
 COVERED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+    "caffe_sgd_": {"cpu": (torch.float32,)},
     "deform_conv2d": {"cpu": FLOATS},
     "deform_conv2d_backward": {"cpu": FLOATS},
     "nms_flags": {"cpu": (torch.float32,)},
