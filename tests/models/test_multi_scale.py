@@ -253,7 +253,7 @@ def test_one_view_is_the_plain_path_bit_for_bit():
     network = network_for(3)
     batch = collate([views_of(64, flip=False).sample(photo_of((64, 80), i), i) for i in range(2)])
     features = network.features(batch.images)
-    proposals = [propose(features.rpn, i, batch.sizes[i], 1.0, network.selection.proposals)[0] for i in range(2)]
+    proposals = propose(features.rpn, batch.sizes, batch.scales, network.selection.proposals).trimmed()
     logits, deltas = network.box_head(features.levels, rois_of(proposals))
     counts, weak = [len(p) for p in proposals], network.selection.detections
     for i, (prediction, probabilities, offsets) in enumerate(

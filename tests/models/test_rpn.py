@@ -3,6 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.reference import heads as twin
+from tests.syncs import count_syncs
 from upsnet.models.matching import AnchorSampling, match_anchors
 from upsnet.models.rpn import RPN, ProposalOptions, RPNOutput, propose, rpn_losses
 from upsnet.structures.draws import SeededDraws
@@ -38,12 +39,39 @@ OPTIONS = {
 def test_propose(options):
     with torch.no_grad():
         output = rpn_of()(levels_of())
-    for image in range(2):
-        boxes, scores = propose(output, image, (60, 90), 1.5, options)
-        expected = twin.propose(output, image, (60, 90), 1.5, options)
-        close(scores, torch.tensor([score for score, _ in expected]))
+    sizes, scales = [(60, 90), (50, 96)], [1.5, 1.1]
+    found = propose(output, sizes, scales, options)
+    assert found.valid.shape == found.scores.shape == found.boxes.shape[:2]
+    assert not found.boxes[~found.valid].any() and not found.scores[~found.valid].any()
+    for image, boxes in enumerate(found.trimmed()):
+        expected = twin.propose(output, image, sizes[image], scales[image], options)
+        assert found.valid[image].tolist() == [i < len(expected) for i in range(found.valid.shape[1])]
+        close(found.scores[image, : len(boxes)], torch.tensor([score for score, _ in expected]))
         close(boxes, torch.tensor([box for _, box in expected]).reshape(-1, 4), rtol=1e-4, atol=1e-3)
         assert (len(boxes) == 0) == (options.min_size == 1000.0)
+        alone = propose(alone_of(output, image), [sizes[image]], [scales[image]], options)
+        assert torch.equal(alone.boxes[0], found.boxes[image]) and torch.equal(alone.scores[0], found.scores[image])
+
+
+def alone_of(output, image):
+    """One image of an output, in the other memory format."""
+    logits, deltas = (
+        [level[image : image + 1].contiguous(memory_format=torch.channels_last) for level in levels]
+        for levels in (output.logits, output.deltas)
+    )
+    return RPNOutput(logits, deltas, output.anchors)
+
+
+@torch.no_grad()
+def test_proposals_ask_nothing_of_the_device():
+    output = rpn_of()(levels_of())
+    for options in OPTIONS.values():
+        with count_syncs() as syncs:
+            found = propose(output, [(60, 90)] * 2, [1.5] * 2, options)
+        assert not syncs, syncs
+        with count_syncs() as syncs:
+            found.trimmed()
+        assert len(syncs) == 1, syncs
 
 
 def test_shapes_and_other_anchors():
@@ -89,14 +117,15 @@ def test_without_any_anchor_inside():
 
 def test_an_empty_level_is_no_trouble():
     output = RPNOutput([torch.zeros(1, 3, 0, 0)], [torch.zeros(1, 12, 0, 0)], [torch.zeros(0, 4)])
-    boxes, scores = propose(output, 0, (10, 10), 1.0, ProposalOptions())
-    assert boxes.shape == (0, 4) and scores.shape == (0,)
+    found = propose(output, [(10, 10)], [1.0], ProposalOptions())
+    assert found.boxes.shape == (1, 0, 4) and found.scores.shape == found.valid.shape == (1, 0)
+    assert [boxes.shape for boxes in found.trimmed()] == [(0, 4)]
 
 
 def test_scores_that_round_to_the_same_number_are_ranked_by_their_logits():
     logits = 20 + torch.randperm(24, generator=torch.Generator().manual_seed(0)).float().reshape(1, 3, 2, 4) / 10
     anchors = torch.tensor([[20.0 * i, 0, 20 * i + 9, 9] for i in range(24)])
     output = RPNOutput([logits], [torch.zeros(1, 12, 2, 4)], [anchors])
-    boxes, scores = propose(output, 0, (10, 500), 1.0, ProposalOptions(pre_nms=10))
-    assert (scores == 1).all()
-    assert torch.equal(boxes, anchors[output.of_image(0)[0][0].argsort(descending=True)[:10]])
+    found = propose(output, [(10, 500)], [1.0], ProposalOptions(pre_nms=10))
+    assert (found.scores == 1).all()
+    assert torch.equal(found.boxes[0], anchors[output.of_image(0)[0][0].argsort(descending=True)[:10]])

@@ -94,9 +94,9 @@ def test_proposals(units: dict[str, Any]) -> None:
     output = rpn_output([given[f"prob_p{i}"].logit() for i in levels], [given[f"delta_p{i}"] for i in levels])
     height, width, scale = given["im_info"][0].tolist()
     options = ProposalOptions(float(given["thresh"]), int(given["pre_nms"]), int(given["post_nms"]))
-    boxes, scores = propose(output, 0, (int(height), int(width)), scale, options)
-    near(scores, out["scores"])
-    close(boxes, out["rois"][:, 1:], rtol=0, atol=1e-3)
+    found = propose(output, [(int(height), int(width))], [scale], options)
+    near(found.scores[found.valid], out["scores"])
+    close(found.trimmed()[0], out["rois"][:, 1:], rtol=0, atol=1e-3)
 
 
 def anchor_labels(units: dict[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

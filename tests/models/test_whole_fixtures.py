@@ -20,7 +20,7 @@ from upsnet.dataset.transforms import Transform, network_scale, quarter_masks, r
 from upsnet.models.boxes import clip, decode
 from upsnet.models.matching import match_anchors
 from upsnet.models.panoptic_head import fuse
-from upsnet.models.rpn import propose
+from upsnet.models.rpn import Proposals, propose
 from upsnet.structures.masks import Masks, mask_from_coco
 from upsnet.structures.sample import VOID, Instances, Sample, Targets
 
@@ -95,13 +95,14 @@ def feed_proposals(file, monkeypatch, missed=0.0):
     """
     rois, scores = torch.from_numpy(file["mid::rois"][:, 1:]), torch.from_numpy(file["mid::roi_scores"])
 
-    def recorded(output, image, size, scale, options):
-        boxes, our_scores = propose(ties_as_recorded(output, size, rois), image, size, scale, options)
+    def recorded(output, sizes, scales, options):
+        found = propose(ties_as_recorded(output, sizes[0], rois), sizes, scales, options)
+        (boxes,), our_scores = found.trimmed(), found.scores[0]
         assert abs(len(boxes) - len(rois)) <= missed * len(rois)
         count = min(len(boxes), len(rois))
         assert (our_scores[:count] - scores[:count]).abs().max() < 1e-4
         assert (distances(boxes, rois).amin(dim=0) >= ROI_TOLERANCE).float().mean() <= missed
-        return rois, scores
+        return Proposals(rois[None], scores[None], torch.ones(1, len(rois), dtype=torch.bool))
 
     monkeypatch.setattr("upsnet.models.upsnet.propose", recorded)
 

@@ -87,7 +87,7 @@ def select(found, options, threshold, class_agnostic):
 def found_in(network, features, view):
     """(score, class, box in the photo) of every pair of proposal and class in a view."""
     options = network.selection
-    proposals, _ = propose(features.rpn, 0, view.size, view.scale, options.proposals)
+    (proposals,) = propose(features.rpn, [view.size], [view.scale], options.proposals).trimmed()
     found = []
     for roi in proposals:
         logits, deltas = network.box_head(features.levels, torch.tensor([[0.0, *roi.tolist()]]))

@@ -69,16 +69,16 @@ def encode(boxes: Tensor, targets: Tensor, weights: Sequence[float] = (1.0, 1.0,
 
 
 def decode(boxes: Tensor, deltas: Tensor, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
-    """Moves N×4 boxes by N×4 offsets: the inverse of `encode`, with the size ratios bounded by 1000/16."""
+    """Moves ...×4 boxes by ...×4 offsets: the inverse of `encode`, with the size ratios bounded by 1000/16."""
     width, height = widths_heights(boxes)
-    center_x, center_y = boxes[:, 0] + 0.5 * width, boxes[:, 1] + 0.5 * height
-    dx, dy = deltas[:, 0] / weights[0], deltas[:, 1] / weights[1]
-    dw = (deltas[:, 2] / weights[2]).clamp(max=MAX_LOG_RATIO)
-    dh = (deltas[:, 3] / weights[3]).clamp(max=MAX_LOG_RATIO)
+    center_x, center_y = boxes[..., 0] + 0.5 * width, boxes[..., 1] + 0.5 * height
+    dx, dy = deltas[..., 0] / weights[0], deltas[..., 1] / weights[1]
+    dw = (deltas[..., 2] / weights[2]).clamp(max=MAX_LOG_RATIO)
+    dh = (deltas[..., 3] / weights[3]).clamp(max=MAX_LOG_RATIO)
     new_x, new_y = dx * width + center_x, dy * height + center_y
     half_width, half_height = 0.5 * (torch.exp(dw) * width), 0.5 * (torch.exp(dh) * height)
     return torch.stack(
-        [new_x - half_width, new_y - half_height, new_x + half_width - 1, new_y + half_height - 1], dim=1
+        [new_x - half_width, new_y - half_height, new_x + half_width - 1, new_y + half_height - 1], dim=-1
     )
 
 

@@ -11,7 +11,7 @@ from upsnet.models.anchors import base_anchors, grid_anchors
 from upsnet.models.boxes import clip, decode, widths_heights
 from upsnet.models.layers import smooth_l1, zero_bias
 from upsnet.models.matching import IGNORED, AnchorSampling, match_anchors
-from upsnet.operators import nms
+from upsnet.operators import nms_flags
 from upsnet.structures.draws import Draws
 
 SIGMA = 3.0
@@ -83,36 +83,74 @@ class RPN(nn.Module):
         return RPNOutput(logits, deltas, anchors)
 
 
+@dataclass(frozen=True, slots=True)
+class Proposals:
+    """Of a batch, of a size that does not depend on what was found, so that nothing has to be asked of the device.
+
+    boxes: B×P×4 at network scale. scores: B×P, 0..1, descending. valid: B×P bool; those that are not stand last, as
+    zeros. P is the smaller one of `post_nms` and the number of boxes that enter the suppression.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    valid: Tensor
+
+    def trimmed(self) -> list[Tensor]:
+        """N×4 boxes of each image without padding; waits for the device once."""
+        counts = self.valid.sum(dim=1).tolist()
+        return [boxes[:count] for boxes, count in zip(self.boxes, counts, strict=True)]
+
+
 @torch.no_grad()
 def propose(
-    output: RPNOutput,
-    image: int,
-    size: tuple[int, int],
-    scale: float,
-    options: ProposalOptions,
-) -> tuple[Tensor, Tensor]:
-    """Proposals of one image: N×4 boxes at network scale and N scores 0..1, by descending score, N ≤ post_nms.
+    output: RPNOutput, sizes: Sequence[tuple[int, int]], scales: Sequence[float], options: ProposalOptions
+) -> Proposals:
+    """Proposals of a batch: of each level the best anchors, moved; all levels and images suppressed in one go.
 
     Args:
-        size: height and width without padding; boxes are cut to it.
-        scale: network pixels per photo pixel, for `min_size`.
+        sizes: for each image height and width without padding; boxes are cut to it.
+        scales: network pixels per photo pixel, for `min_size`.
     """
-    boxes, scores = [], []
-    for level_logits, level_deltas, level_anchors in zip(*output.of_image(image), output.anchors, strict=True):
+    scores, groups, moved = _best_of_levels(output, options.pre_nms)
+    boxes = torch.stack([clip(of_image, size) for of_image, size in zip(moved, sizes, strict=True)])
+    valid = None
+    if options.min_size > 0:
+        sides = torch.minimum(*widths_heights(boxes))
+        limits = [options.min_size * scale for scale in scales]
+        valid = torch.stack([side >= limit for side, limit in zip(sides, limits, strict=True)]).flatten()
+    kept = nms_flags(boxes.flatten(0, 1), options.nms_threshold, groups.flatten(), valid, inclusive=True)
+    kept = kept.view_as(scores)
+    scores, order = torch.where(kept, scores, -1).sort(dim=1, descending=True, stable=True)
+    order = order[:, : options.post_nms]
+    valid = kept.gather(1, order)
+    boxes = boxes.gather(1, order[:, :, None].expand(-1, -1, 4))
+    return Proposals(
+        torch.where(valid[:, :, None], boxes, 0), torch.where(valid, scores[:, : options.post_nms], 0), valid
+    )
+
+
+def _best_of_levels(output: RPNOutput, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `count` best anchors of each level, moved: B×K scores, each level's descending; B×K numbers of image and
+    level; B×K×4 boxes."""
+    scores, groups, deltas, anchors = [], [], [], []
+    levels = zip(output.logits, output.deltas, output.anchors, strict=True)
+    for level, (level_logits, level_deltas, level_anchors) in enumerate(levels):
+        images, kinds, _, width = level_logits.shape
         # Ranked as logits: a sigmoid rounds neighbours to ties, which rounding errors would then decide.
-        best_logits, best = level_logits.topk(min(options.pre_nms, len(level_logits)))
-        level_scores = best_logits.sigmoid()
-        level_boxes = clip(decode(level_anchors[best], level_deltas[best]), size)
-        if options.min_size > 0:
-            width, height = widths_heights(level_boxes)
-            large = torch.minimum(width, height) >= options.min_size * scale
-            level_boxes, level_scores = level_boxes[large], level_scores[large]
-        kept = nms(level_boxes, level_scores, options.nms_threshold, inclusive=True)[: options.post_nms]
-        boxes.append(level_boxes[kept])
-        scores.append(level_scores[kept])
-    all_boxes, all_scores = torch.cat(boxes), torch.cat(scores)
-    order = all_scores.argsort(descending=True, stable=True)[: options.post_nms]
-    return all_boxes[order], all_scores[order]
+        best_logits, best = _by_anchor(level_logits).topk(min(count, len(level_anchors)))
+        cell, image = best // kinds, torch.arange(images, device=best.device)[:, None]
+        # One image at a time: CPUs round the last elements of a tensor otherwise, and no score may hang on its batch.
+        scores.append(torch.stack([of_image.sigmoid() for of_image in best_logits]))
+        groups.append((image * len(output.logits) + level).expand_as(best))
+        deltas.append(level_deltas.unflatten(1, (kinds, 4))[image, best % kinds, :, cell // width, cell % width])
+        anchors.append(level_anchors[best])
+    boxes = decode(torch.cat(anchors, dim=1), torch.cat(deltas, dim=1))
+    return torch.cat(scores, dim=1), torch.cat(groups, dim=1), boxes
+
+
+def _by_anchor(logits: Tensor) -> Tensor:
+    """B×A×h×w → B×(h·w·A), the order of the anchors."""
+    return logits.permute(0, 2, 3, 1).flatten(1)
 
 
 def rpn_losses(

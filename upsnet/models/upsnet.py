@@ -154,13 +154,10 @@ class UPSNet(nn.Module):
         assert batch.instances is not None
         options = self.sampling
         sampled = []
-        for image, (instances, draws) in enumerate(zip(batch.instances, batch.draws, strict=True)):
-            scale = batch.scales[image]
-            proposals, _ = propose(features.rpn, image, batch.sizes[image], scale, options.proposals)
+        proposals = propose(features.rpn, batch.sizes, batch.scales, options.proposals).trimmed()
+        for boxes, scale, instances, draws in zip(proposals, batch.scales, batch.instances, batch.draws, strict=True):
             sampled.append(
-                sample_rois(
-                    proposals / scale, instances.boxes, instances.classes, instances.is_crowd, options.rois, draws
-                )
+                sample_rois(boxes / scale, instances.boxes, instances.classes, instances.is_crowd, options.rois, draws)
             )
         return sampled
 
@@ -230,10 +227,7 @@ class UPSNet(nn.Module):
     def _candidates(self, features: Features, view: Batch) -> list[Candidates]:
         """For each image of a view all boxes that may become an instance."""
         options = self.selection
-        proposals = [
-            propose(features.rpn, image, size, scale, options.proposals)[0]
-            for image, (size, scale) in enumerate(zip(view.sizes, view.scales, strict=True))
-        ]
+        proposals = propose(features.rpn, view.sizes, view.scales, options.proposals).trimmed()
         counts = [len(p) for p in proposals]
         logits, deltas = self.box_head(features.levels, _join(proposals))
         probabilities = F.softmax(logits, dim=1)
