@@ -6,8 +6,18 @@ from tests.models.test_boxes import random_boxes
 from tests.models.test_semantic_head import levels_of
 from tests.reference import heads as twin
 from tests.reference.roi_align import pyramid_roi_align
-from upsnet.models.box_head import BoxHead, Candidates, DetectionOptions, box_losses, decode_above, suppress
+from tests.syncs import count_syncs
+from upsnet.models.box_head import (
+    BoxHead,
+    Candidates,
+    DetectionOptions,
+    box_losses,
+    decode_above,
+    joined_positions,
+    suppress,
+)
 from upsnet.models.matching import SampledRoIs
+from upsnet.operators import library
 
 close = torch.testing.assert_close
 SIZE = (80, 110)
@@ -33,7 +43,7 @@ OPTIONS = {
 def detect(rois, probabilities, deltas, size, options, class_agnostic):
     lower = max(options.score_threshold - 0.3, 0)  # what another use of the same boxes may ask for
     found = decode_above(rois, probabilities, deltas, size, lower, options.box_weights)
-    return suppress(found, options, class_agnostic)
+    return found.select(suppress(found, options, class_agnostic))
 
 
 @pytest.mark.parametrize("class_agnostic", [False, True])
@@ -58,6 +68,26 @@ def test_ties_with_the_last_detection_stay(class_agnostic):
     options = DetectionOptions(max_detections=2)
     found = detect(boxes, probabilities, torch.zeros(5, 2, 4), (10, 200), options, class_agnostic)
     assert found.boxes.tolist() == boxes[:4].tolist()
+
+
+@pytest.mark.skipif(not library.native_in_use(), reason=library.NOT_IN_USE_BECAUSE)
+@pytest.mark.parametrize("class_agnostic", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 40, 400])
+def test_the_device_is_waited_for_once(count, class_agnostic):
+    raw = raw_detections(count)
+    with count_syncs() as syncs:
+        found = decode_above(*raw, SIZE, 0.05, (10.0, 10.0, 5.0, 5.0))
+    assert dict(syncs.counts) == {"nonzero": 1}, syncs
+    with count_syncs() as syncs:
+        suppress(found, DetectionOptions(max_detections=20), class_agnostic)
+    assert dict(syncs.counts) == {"nonzero": 1}, syncs
+
+
+@pytest.mark.parametrize("lists", [([3, 1], [5, 1, 0]), ([], [2]), ([], []), ([4], [4], [4, 2])])
+def test_joined_positions(lists):
+    joined, places = joined_positions(6, [torch.tensor(given, dtype=torch.int64) for given in lists])
+    assert joined.tolist() == sorted({position for given in lists for position in given})
+    assert [joined[place].tolist() for place in places] == list(lists)
 
 
 def test_candidates_can_be_selected_by_nothing():

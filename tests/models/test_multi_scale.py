@@ -264,7 +264,8 @@ def test_one_view_is_the_plain_path_bit_for_bit():
             for threshold in (weak.score_threshold, network.selection.panoptic_score_threshold)
         ]
         strong = replace(weak, score_threshold=network.selection.panoptic_score_threshold)
-        found, candidates = suppress(above[0], weak, False), suppress(above[1], strong, True)
+        found = above[0].select(suppress(above[0], weak, False))
+        candidates = above[1].select(suppress(above[1], strong, True))
         both = Candidates.joined([found, candidates])
         rois = F.pad(both.boxes, (1, 0), value=float(i))
         masks = network.mask_head(features.levels, rois, both.classes).split([len(found), len(candidates)])

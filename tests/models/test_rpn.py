@@ -6,6 +6,7 @@ from tests.reference import heads as twin
 from tests.syncs import count_syncs
 from upsnet.models.matching import AnchorSampling, match_anchors
 from upsnet.models.rpn import RPN, ProposalOptions, RPNOutput, propose, rpn_losses
+from upsnet.operators import library
 from upsnet.structures.draws import SeededDraws
 
 close = torch.testing.assert_close
@@ -62,6 +63,7 @@ def alone_of(output, image):
     return RPNOutput(logits, deltas, output.anchors)
 
 
+@pytest.mark.skipif(not library.native_in_use(), reason=library.NOT_IN_USE_BECAUSE)
 @torch.no_grad()
 def test_proposals_ask_nothing_of_the_device():
     output = rpn_of()(levels_of())

@@ -169,7 +169,7 @@ def detections(units: dict[str, Any], name: str, threshold: float, class_agnosti
         threshold,
         options.box_weights,
     )
-    return suppress(found, options, class_agnostic)
+    return found.select(suppress(found, options, class_agnostic))
 
 
 @pytest.mark.parametrize(("name", "threshold"), [("detect_per_class", 0.05), ("detect_panoptic", 0.6)])

@@ -5,6 +5,7 @@ import torch
 
 from tests.models.small import LOSSES, SAMPLES, photo_sample, small_network, training_batch
 from upsnet.dataset.batches import collate
+from upsnet.models.box_head import suppress
 from upsnet.models.matching import AnchorSampling, RoISampling
 from upsnet.models.rpn import ProposalOptions
 from upsnet.models.upsnet import SamplingOptions, quarter_labels
@@ -125,6 +126,18 @@ def test_autocast():
         predictions = network.eval()(batch)
     assert all(prediction.segment_map.shape == (48, 64) for prediction in predictions)
     assert all(prediction.instances.scores.dtype == "float32" for prediction in predictions)
+
+
+@torch.no_grad()
+def test_what_is_detection_and_candidate_passes_the_mask_head_once(monkeypatch):
+    network = small_network(seed=1, lively=True).eval()
+    batch, rois, lists = training_batch("things and stuff", "one pixel"), [], []
+    monkeypatch.setattr("upsnet.models.upsnet.suppress", lambda *a, **k: lists.append(suppress(*a, **k)) or lists[-1])
+    network.mask_head.register_forward_hook(lambda head, given, masks: rois.append(given[1]))
+    network(batch)
+    (seen,) = rois
+    sets = [set(positions.tolist()) for positions in lists]
+    assert len(seen) == len(sets[0] | sets[1]) + len(sets[2] | sets[3]) < sum(map(len, sets))
 
 
 @pytest.mark.parametrize("size", [(48, 64), (33, 35), (34, 38), (30, 61)])

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from upsnet.models.boxes import clip, decode
 from upsnet.models.layers import NormKind, make_norm, smooth_l1, zero_bias
 from upsnet.models.matching import SampledRoIs
-from upsnet.operators import batched_nms, pyramid_roi_align
+from upsnet.operators import nms_flags, pyramid_roi_align
 
 POOLED_SIZE = 7
 SIGMA = 1.0
@@ -126,20 +126,36 @@ def decode_above(
     return Candidates(boxes, probabilities[roi, label], label)
 
 
-def suppress(found: Candidates, options: DetectionOptions, class_agnostic: bool) -> Candidates:
-    """Detections of one image from its boxes.
+def suppress(found: Candidates, options: DetectionOptions, class_agnostic: bool) -> Tensor:
+    """Which boxes of one image become detections. Waits for the device once, however many there are.
 
     Args:
         class_agnostic: suppress across classes and order by descending score, as the panoptic head wants them;
             otherwise within each class, in order of class, then score.
 
     Returns:
-        At most `max_detections`, or more where scores tie with the last one.
+        Positions in `found`: at most `max_detections`, or more where scores tie with the last one.
     """
-    found = found.select(torch.nonzero(found.scores > options.score_threshold).flatten())
-    groups = torch.zeros_like(found.classes) if class_agnostic else found.classes
-    found = found.select(batched_nms(found.boxes, found.scores, groups, options.nms_threshold, inclusive=True))
+    order = found.scores.argsort(descending=True, stable=True)
+    if not class_agnostic:
+        order = order[found.classes[order].argsort(stable=True)]
+    ordered = found.select(order)
+    groups = None if class_agnostic else ordered.classes
+    above = ordered.scores > options.score_threshold
+    kept = nms_flags(ordered.boxes, options.nms_threshold, groups, above, inclusive=True)
     if len(found) > options.max_detections:
-        least = found.scores.topk(options.max_detections).values[-1]
-        found = found.select(torch.nonzero(found.scores >= least).flatten())
-    return found if class_agnostic else found.select(found.classes.argsort(stable=True))
+        least = torch.where(kept, ordered.scores, -1).topk(options.max_detections).values[-1]
+        kept = kept & (ordered.scores >= least)
+    return order[kept.nonzero().squeeze(1)]
+
+
+def joined_positions(count: int, lists: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """What is in any of several lists of positions 0..count-1, ascending, and where it has the members of each list.
+
+    Waits for the device once.
+    """
+    wanted = lists[0].new_zeros(count, dtype=torch.bool)
+    for positions in lists:
+        wanted.index_fill_(0, positions, True)
+    places = wanted.cumsum(dim=0) - 1
+    return wanted.nonzero().squeeze(1), [places[positions] for positions in lists]

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from upsnet.models.box_head import BoxHead, Candidates, DetectionOptions, box_losses, decode_above, suppress
+from upsnet.models.box_head import (
+    BoxHead,
+    Candidates,
+    DetectionOptions,
+    box_losses,
+    decode_above,
+    joined_positions,
+    suppress,
+)
 from upsnet.models.fpn import FPN
 from upsnet.models.mask_head import MaskHead, mask_loss
 from upsnet.models.matching import AnchorSampling, RoISampling, SampledRoIs, mask_targets, sample_rois
@@ -241,41 +249,43 @@ class UPSNet(nn.Module):
         """levels: P2..P5 of each view."""
         weak = self.selection.detections
         strong = replace(weak, score_threshold=self.selection.panoptic_score_threshold)
-        found = [Candidates.joined(seen.candidates) for seen in photos]
-        detections = [suppress(boxes, weak, class_agnostic=False) for boxes in found]
-        candidates = [suppress(boxes, strong, class_agnostic=True) for boxes in found]
-        masks = self._mask_logits(levels, photos, [*detections, *candidates])
+        found, places = [], []
+        for seen in photos:
+            boxes = Candidates.joined(seen.candidates)
+            lists = (suppress(boxes, weak, class_agnostic=False), suppress(boxes, strong, class_agnostic=True))
+            either, places_of_both = joined_positions(len(boxes), lists)
+            found.append(boxes.select(either))
+            places.append(places_of_both)
+        masks = self._mask_logits(levels, photos, found)
         size = (batch.images.shape[-2], batch.images.shape[-1])
         predictions = []
-        for image, seen in enumerate(photos):
+        for image, (seen, (detected, competing)) in enumerate(zip(photos, places, strict=True)):
             fused = fuse(
                 mean_scores(seen.scores, seen.frames, size),
                 size,
-                candidates[image],
-                masks[len(photos) + image],
+                found[image].select(competing),
+                masks[image][competing],
                 self.num_stuff,
                 self.has_unknown,
             )
             prediction = self._on_photo(fused, batch, image)
             prediction.instances = detections_on_photo(
-                detections[image], masks[image], batch.scales[image], batch.original_sizes[image]
+                found[image].select(detected), masks[image][detected], batch.scales[image], batch.original_sizes[image]
             )
             predictions.append(prediction)
         return predictions
 
     def _mask_logits(self, levels: list[list[Tensor]], photos: list[Seen], found: list[Candidates]) -> list[Tensor]:
-        """For each entry of `found` N×M×M mask logits, from all views; entries k and k + B lie in photo k."""
-        frames = [seen.frames for seen in photos] * (len(found) // len(photos))
-        classes = torch.cat([f.classes for f in found])
+        """For each photo N×M×M mask logits of the boxes found in it, from all views."""
+        counts, classes = [len(f) for f in found], torch.cat([f.classes for f in found])
         logits = []
         for number, of_view in enumerate(levels):
-            boxes = [carry_boxes(f.boxes, own[0], own[number]) for f, own in zip(found, frames, strict=True)]
-            rois = _join(boxes)
-            mirrored = torch.tensor([own[number].flipped for own in frames], device=rois.device)[rois[:, 0].long()]
-            rois[:, 0] %= len(photos)  # detections and candidates of one photo share its features
-            masks = self.mask_head(of_view, rois, classes)
-            logits.append(torch.where(mirrored[:, None, None], masks.flip(-1), masks))
-        return list(mean_masks(logits).split([len(f) for f in found]))
+            frames = [(seen.frames[0], seen.frames[number]) for seen in photos]
+            boxes = [carry_boxes(f.boxes, first, own) for f, (first, own) in zip(found, frames, strict=True)]
+            masks = self.mask_head(of_view, _join(boxes), classes).split(counts)
+            upright = [m.flip(-1) if own.flipped else m for m, (_, own) in zip(masks, frames, strict=True)]
+            logits.append(torch.cat(upright))
+        return list(mean_masks(logits).split(counts))
 
     def _on_photo(self, fused: PanopticMap, batch: Batch, image: int) -> Prediction:
         (height, width), original = batch.sizes[image], batch.original_sizes[image]
