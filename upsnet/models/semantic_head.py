@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import roi_align
 
 from upsnet.models.layers import ConvBlock, NormKind, zero_bias
+from upsnet.operators import pyramid_roi_align
 from upsnet.structures.sample import VOID
 
 ROI_SIZE = 28
@@ -85,19 +85,20 @@ def roi_loss(scores: Tensor, bias: Tensor, target: Tensor, boxes: Sequence[Tenso
         if len(image_boxes) == 0:
             losses.append(scores.sum() * 0.0)
             continue
-        rois = F.pad(image_boxes, (1, 0))
-        crops = roi_align(scores[image, None] - bias, rois, ROI_SIZE, spatial_scale=0.25, sampling_ratio=2) + bias
-        labels = torch.stack([_crop_labels(target[image], box) for box in image_boxes])
+        crops = pyramid_roi_align([scores[image, None] - bias], F.pad(image_boxes, (1, 0)), ROI_SIZE) + bias
+        labels = _crop_labels(target[image], image_boxes)
         losses.append(F.cross_entropy(crops, labels, ignore_index=VOID, reduction="sum") / labels.numel())
     return torch.stack(losses).mean()
 
 
-def _crop_labels(target: Tensor, box: Tensor) -> Tensor:
-    """The labels inside a box, its end exclusive, resized to ROI_SIZE by nearest neighbour as OpenCV does."""
-    x1, y1, x2, y2 = (int(v) for v in box.round().tolist())
-    x2, y2 = x2 + (x1 == x2), y2 + (y1 == y2)
-    steps = torch.arange(ROI_SIZE, device=target.device, dtype=torch.float64)
-    # The step is the reciprocal of the enlargement, as OpenCV forms it: the quotient can differ in the last bit.
-    rows = (y1 + (steps * (1 / (ROI_SIZE / (y2 - y1)))).floor().long()).clamp(0, target.shape[0] - 1)
-    columns = (x1 + (steps * (1 / (ROI_SIZE / (x2 - x1)))).floor().long()).clamp(0, target.shape[1] - 1)
-    return target[rows[:, None], columns[None, :]].long()
+def _crop_labels(target: Tensor, boxes: Tensor) -> Tensor:
+    """For each of G×4 boxes its labels, the end exclusive, resized to ROI_SIZE by nearest neighbour as OpenCV does."""
+    start, end = boxes.round().double().chunk(2, dim=1)
+    length = end + (start == end) - start
+    # The step is the reciprocal of the enlargement, as OpenCV forms it: the quotient can differ in the last bit (and so
+    # can a number divided by a tensor, which torch forms as a product).
+    step = (torch.full_like(length, ROI_SIZE) / length).reciprocal()
+    cells = torch.arange(ROI_SIZE, device=target.device, dtype=torch.float64)
+    places = (start[:, :, None] + (cells * step[:, :, None]).floor()).long()
+    columns, rows = (places[:, axis].clamp(0, target.shape[1 - axis] - 1) for axis in (0, 1))
+    return target[rows[:, :, None], columns[:, None, :]].long()

@@ -18,7 +18,7 @@ def paths(device: str) -> dict[str, str]:
     native = {
         "deform_conv2d": library.covers("deform_conv2d", tensor, tensor),
         "nms": library.covers("nms_flags", tensor),
-        "pyramid_roi_align": False,
+        "pyramid_roi_align": library.covers("pyramid_roi_align", tensor),
     }
     return {name: "native" if covered else "torchvision" for name, covered in native.items()}
 

@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64)
+HALVES = (torch.float16, torch.bfloat16)
 COVERED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "caffe_sgd_": {"cpu": (torch.float32,)},
     "deform_conv2d": {"cpu": FLOATS},
     "deform_conv2d_backward": {"cpu": FLOATS},
     "nms_flags": {"cpu": (torch.float32,)},
     "paste_masks": {"cpu": (torch.float32,)},
+    "pyramid_roi_align": {"cpu": (*FLOATS, torch.bfloat16), "cuda": (*FLOATS, *HALVES)},
+    "pyramid_roi_align_backward": {"cpu": (*FLOATS, torch.bfloat16), "cuda": (*FLOATS, *HALVES)},
 }
 """For each native operator, by kind of device, the dtypes that it takes. A device that is not named is not covered."""
 

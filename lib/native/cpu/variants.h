@@ -18,6 +18,16 @@
 #define UPSNET_X86 0
 #endif
 
+// Between these two a product and a sum stay two roundings in every variant, where some machines have one instruction
+// for both. The wrappers with the target attributes must stand between them as well.
+#ifdef __clang__
+#define UPSNET_NO_CONTRACTION _Pragma("STDC FP_CONTRACT OFF")
+#define UPSNET_CONTRACTION_AGAIN _Pragma("STDC FP_CONTRACT ON")
+#else
+#define UPSNET_NO_CONTRACTION _Pragma("GCC push_options") _Pragma("GCC optimize(\"fp-contract=off\")")
+#define UPSNET_CONTRACTION_AGAIN _Pragma("GCC pop_options")
+#endif
+
 namespace upsnet {
 
 enum class Variant { generic, avx2, avx512 };

@@ -1,0 +1,27 @@
+// The memory formats of image batches: contiguous (NCHW) and channels last (NHWC).
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace upsnet {
+
+// Channels last, and not contiguous as well (which one channel or one pixel makes it).
+inline bool is_channels_last(const torch::stable::Tensor& tensor) {
+  const int64_t channels = tensor.size(1), height = tensor.size(2), width = tensor.size(3);
+  return !tensor.is_contiguous() && tensor.stride(1) == 1 && tensor.stride(3) == channels &&
+      tensor.stride(2) == width * channels && tensor.stride(0) == height * width * channels;
+}
+
+inline torch::stable::Tensor empty_images(const torch::stable::Tensor& like, const std::vector<int64_t>& shape,
+                                          torch::headeronly::ScalarType type, bool channels_last) {
+  using torch::headeronly::MemoryFormat;
+  const MemoryFormat format = channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  return torch::stable::empty(shape, type, std::nullopt, like.device(), std::nullopt, format);
+}
+
+}  // namespace upsnet
