@@ -214,5 +214,17 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_input, grad_offset, grad_weight, *optional, None, None, None
 
 
-library.register("deform_conv2d", _shape, _gradient, _save_for_backward, _autocast)
-library.register("deform_conv2d_backward", _shape_of_gradients)
+def _forward_in_triton(*arguments: Any) -> Tensor:
+    from upsnet.operators import deform_conv_triton  # here, since not every machine has Triton
+
+    return deform_conv_triton.forward(*arguments)
+
+
+def _backward_in_triton(*arguments: Any) -> tuple[Tensor, ...]:
+    from upsnet.operators import deform_conv_triton_backward
+
+    return deform_conv_triton_backward.backward(*arguments)
+
+
+library.register("deform_conv2d", _shape, _gradient, _save_for_backward, _autocast, _forward_in_triton)
+library.register("deform_conv2d_backward", _shape_of_gradients, triton=_backward_in_triton)

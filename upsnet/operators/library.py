@@ -2,15 +2,20 @@
 
 `_native.*.so` (schemas and CPU kernels) and `_native_cuda.*.so` (CUDA kernels of the same operators) are built by
 `python setup.py build_ext --inplace` and lie beside this file; their operators appear under `torch.ops.upsnet`.
-`_overlaps.*.so` is an ordinary extension module. What is missing, broken or outdated steps aside, and PyTorch's
-operators or numpy serve. `UPSNET_NATIVE=0` in the environment switches all of it off.
+`_overlaps.*.so` is an ordinary extension module. Some CUDA kernels are written in Triton, which compiles them when they
+are first called and wants a C compiler and Python's headers for that. What is missing, broken or outdated steps aside,
+and PyTorch's operators or numpy serve. `UPSNET_NATIVE=0` in the environment switches all of it off.
 
 Each operator's own file tells `register` its shape rule, gradient and autocast rule; nothing else here knows operators.
 """
 
+import functools
 import importlib
 import importlib.machinery
+import importlib.util
+import logging
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,18 +27,23 @@ FLOATS = (torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
 COVERED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "caffe_sgd_": {"cpu": (torch.float32,)},
-    "deform_conv2d": {"cpu": FLOATS},
-    "deform_conv2d_backward": {"cpu": FLOATS},
+    "deform_conv2d": {"cpu": FLOATS, "triton": (torch.float32, *HALVES)},
+    "deform_conv2d_backward": {"cpu": FLOATS, "triton": (torch.float32, *HALVES)},
     "nms_flags": {"cpu": (torch.float32,)},
     "paste_masks": {"cpu": (torch.float32,)},
     "pyramid_roi_align": {"cpu": (*FLOATS, torch.bfloat16), "cuda": (*FLOATS, *HALVES)},
     "pyramid_roi_align_backward": {"cpu": (*FLOATS, torch.bfloat16), "cuda": (*FLOATS, *HALVES)},
 }
-"""For each native operator, by kind of device, the dtypes that it takes. A device that is not named is not covered."""
+"""For each native operator, by kind of device, the dtypes that it takes; `triton` stands for CUDA devices where Triton
+compiles. A device that is not named is not covered."""
 
 SWITCHED_OFF = "switched off by UPSNET_NATIVE=0"
 NOT_BUILT = "not built; `python setup.py build_ext --inplace` builds it"
 NO_CUDA = "this torch is built without CUDA"
+OLDEST_FOR_TRITON = 80
+"""Compute capability 8.0: the first whose tensor cores take bfloat16 and TF32."""
+
+logger = logging.getLogger(__name__)
 
 
 def _find_library(name: str) -> Path | None:
@@ -76,8 +86,39 @@ def _load_counting() -> tuple[Callable[..., Any] | None, str]:
         return None, f"_overlaps does not load: {str(error).splitlines()[0]}"
 
 
+def _find_triton(cpu_is_missing_because: str) -> str:
+    """The empty string if the operators in Triton can be registered; Triton itself is not imported for that."""
+    if torch.version.cuda is None:
+        return NO_CUDA
+    return cpu_is_missing_because or ("" if importlib.util.find_spec("triton") else "triton is not installed")
+
+
+@functools.cache
+def triton_fails_because() -> str:
+    """The reason why Triton compiles nothing for the GPU at hand, or the empty string; found out once, and logged.
+
+    Triton first compiles its own access to the driver, with the machine's C compiler and Python's headers. So asking
+    for the device shows what would fail in a kernel's first call.
+    """
+    from triton.runtime import driver
+
+    try:
+        target = driver.active.get_current_target()
+    except subprocess.SubprocessError:
+        reason = "Triton does not compile here: the C compiler fails; are Python's headers installed?"
+    except (RuntimeError, OSError, ImportError, AssertionError) as error:  # no compiler, driver or place for its files
+        reason = f"Triton does not compile here: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    else:
+        old = target.backend != "cuda" or target.arch < OLDEST_FOR_TRITON
+        reason = f"Triton's kernels want compute capability 8.0, this GPU is {target.arch}" if old else ""
+    if reason:
+        logger.warning("deformable convolution on CUDA: torchvision's operator serves (%s)", reason)
+    return reason
+
+
 NOT_IN_USE_BECAUSE = _load("_native", tuple(COVERED))
 CUDA_NOT_IN_USE_BECAUSE = _load_cuda(NOT_IN_USE_BECAUSE)
+TRITON_NOT_IN_USE_BECAUSE = _find_triton(NOT_IN_USE_BECAUSE)
 count_overlaps, COUNTING_NOT_IN_USE_BECAUSE = _load_counting()
 
 
@@ -91,12 +132,19 @@ def native_cuda_in_use() -> bool:
     return not CUDA_NOT_IN_USE_BECAUSE
 
 
+@torch.compiler.assume_constant_result
+def triton_in_use() -> bool:
+    """Whether kernels in Triton serve the CUDA device at hand; `torch.compile` asks and keeps the answer."""
+    return not TRITON_NOT_IN_USE_BECAUSE and not triton_fails_because()
+
+
 def register(
     operator: str,
     shape: Callable[..., Any],
     gradient: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
     autocast: Callable[..., tuple[Any, ...]] | None = None,
+    triton: Callable[..., Any] | None = None,
 ) -> None:
     """Completes a native operator for torch; without the library it does nothing.
 
@@ -105,6 +153,7 @@ def register(
         shape: the rule for fake tensors: the operator's arguments → empty results.
         gradient, setup_context: as `torch.library.register_autograd` takes them.
         autocast: (dtype of autocast, the operator's arguments) → the arguments that it is called with under autocast.
+        triton: the CUDA implementation, if it is one in Triton.
     """
     if not native_in_use():
         return
@@ -114,6 +163,8 @@ def register(
     if autocast is not None:
         for device in ("cpu", "cuda"):
             torch.library.impl(f"upsnet::{operator}", f"Autocast{device.upper()}")(_cast(operator, device, autocast))
+    if triton is not None and not TRITON_NOT_IN_USE_BECAUSE:
+        torch.library.impl(f"upsnet::{operator}", "CUDA")(triton)
 
 
 def _cast(operator: str, device: str, autocast: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
@@ -127,9 +178,11 @@ def _cast(operator: str, device: str, autocast: Callable[..., tuple[Any, ...]]) 
 
 def covers(operator: str, *tensors: Tensor) -> bool:
     """Whether the native code takes this call: all tensors on one covered device, in covered dtypes."""
-    device = tensors[0].device.type
-    in_use = native_cuda_in_use() if device == "cuda" else native_in_use()
-    types = COVERED[operator].get(device, ())
+    device, row = tensors[0].device.type, COVERED[operator]
+    if device == "cuda" and "triton" in row:
+        in_use, types = triton_in_use(), row["triton"]
+    else:
+        in_use, types = native_cuda_in_use() if device == "cuda" else native_in_use(), row.get(device, ())
     return in_use and all(tensor.device.type == device and tensor.dtype in types for tensor in tensors)
 
 
@@ -137,9 +190,12 @@ def describe() -> str:
     """One line for the start of a run: which operators are in use, and why not the native ones."""
     if not native_in_use():
         return f"native operators: not in use ({NOT_IN_USE_BECAUSE}); PyTorch's serve, slower, with the same results"
-    if native_cuda_in_use():
-        return "native operators: in use on the CPU and on CUDA"
-    return f"native operators: in use on the CPU; on CUDA not in use ({CUDA_NOT_IN_USE_BECAUSE})"
+    on_cuda, in_triton = (
+        f"not in use ({reason})" if reason else "in use"
+        for reason in (CUDA_NOT_IN_USE_BECAUSE, TRITON_NOT_IN_USE_BECAUSE)
+    )
+    there = "" if on_cuda == in_triton else f"; those in Triton {in_triton}"
+    return f"native operators: in use on the CPU; on CUDA {on_cuda}{there}"
 
 
 def describe_counting() -> str:
