@@ -8,11 +8,12 @@ are medians. The ratio is torchvision's time over ours. For scale, the plain con
 import argparse
 import contextlib
 import datetime
+import functools
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +22,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from upsnet.operators import deform_conv2d, describe, nms
+from upsnet import builders
+from upsnet.config import load_recipe
+from upsnet.dataset.batches import collate
+from upsnet.models.rpn import propose
+from upsnet.operators import deform_conv2d, describe, nms, pyramid_roi_align
+from upsnet.structures.class_tables import class_table
+from upsnet.structures.pictures import read_photo
 
 # images, channels, outputs, height, width
 DEFORM_CASES = [
@@ -142,6 +149,67 @@ def nms_row(count: int, threshold: float, clustered: bool, rounds: int, device: 
     return f"nms {count} boxes, {kind}, threshold {threshold} ({len(calls[0]())} kept)", ours, theirs, None
 
 
+def photo_case() -> tuple[list[torch.Tensor], torch.Tensor, str]:
+    """P2..P5 of a photo at 800×1216, the 1,000 boxes of an RPN on it, and whose they are.
+
+    The backbone knows ImageNet, what stands on it is untrained. Where the data are not there: numbers drawn at random,
+    boxes of about the same sizes.
+    """
+    data = Path(__file__).resolve().parents[2] / "shared/data"
+    photo = data / "coco_mini/images/val2017/000000000139.jpg"
+    weights = data / "resnet50_imagenet/resnet50_caffe_imagenet_fp16.pth"
+    if not (photo.is_file() and weights.is_file()):
+        levels = [torch.randn(1, 256, 800 // 2**i, 1216 // 2**i) for i in range(2, 6)]
+        levels = [level.contiguous(memory_format=torch.channels_last) for level in levels]
+        return levels, spread_boxes(3.8, 0.4), "random boxes of an RPN's sizes"
+    overrides = {"network.pretrained": str(weights), "network.pretrained_convention": "caffe"}
+    recipe, categories = load_recipe("upsnet_resnet50_coco_16gpu", overrides), class_table("coco")
+    assert categories is not None
+    network = builders.build_network(recipe, categories).eval()
+    builders.start_from_pretrained(recipe, network, categories)
+    batch = collate([builders.test_views(recipe).sample(read_photo(photo))])
+    with torch.no_grad():
+        levels = network.fpn(network.backbone(batch.images))
+        found = propose(network.rpn(levels), batch.sizes, batch.scales, network.selection.proposals)
+    return levels[:4], torch.nn.functional.pad(found.trimmed()[0], (1, 0)), "boxes of an RPN on a photo"
+
+
+def spread_boxes(mean: float, deviation: float, count: int = 1000) -> torch.Tensor:
+    """RoIs anywhere in an 800×1216 photo whose sides have this mean logarithm and deviation of it."""
+    draw = torch.Generator().manual_seed(0)
+    limit = torch.tensor([1216.0, 800.0])
+    centre = torch.rand(count, 2, generator=draw) * limit
+    side = torch.exp(torch.randn(count, 2, generator=draw) * deviation + mean)
+    corners = [(centre - side / 2).clamp(min=0), torch.minimum(centre + side / 2, limit - 1)]
+    return torch.cat([torch.zeros(count, 1), *corners], dim=1)
+
+
+def roi_align_rows(rounds: int, device: str = "cpu") -> Iterator[Row]:
+    """Ours gets the network's channels-last maps, torchvision the contiguous ones on which it is faster."""
+    levels, rois, whose = photo_case()
+    levels = [level.to(device) for level in levels]
+    contiguous = [level.contiguous() for level in levels]
+    pool = torchvision.ops.MultiScaleRoIAlign([str(i) for i in range(4)], 7, 2)
+    for kind, given in ((whose, rois.to(device)), ("boxes of all sizes", spread_boxes(4.6, 0.8).to(device))):
+
+        def ours(maps: Sequence[torch.Tensor], given: torch.Tensor = given) -> torch.Tensor:
+            return pyramid_roi_align(maps, given, 7)
+
+        def theirs(maps: Sequence[torch.Tensor], given: torch.Tensor = given) -> torch.Tensor:
+            return pool({str(i): level for i, level in enumerate(maps)}, [given[:, 1:]], [(800, 1216)])
+
+        def and_backward(call: Callable[..., torch.Tensor], maps: Sequence[torch.Tensor]) -> Callable[[], object]:
+            leaves = [level.detach().requires_grad_() for level in maps]
+            return lambda: torch.autograd.grad((pooled := call(leaves)), leaves, torch.ones_like(pooled))
+
+        name = f"RoIAlign over P2..P5, {len(given)} {kind}, 7×7×256"
+        calls = [functools.partial(ours, levels), functools.partial(theirs, contiguous)]
+        with torch.no_grad():
+            yield f"{name}, forward", *medians(calls, rounds, device), None
+        backwards = [and_backward(ours, levels), and_backward(theirs, contiguous)]
+        yield f"{name}, forward + backward", *medians(backwards, max(3, rounds // 2), device), None
+
+
 def all_rows(rounds: int, device: str) -> Iterator[Row]:
     for case in DEFORM_CASES:
         if device == "cuda":
@@ -152,6 +220,7 @@ def all_rows(rounds: int, device: str) -> Iterator[Row]:
     for count, threshold in NMS_CASES:
         for clustered in (False, True):
             yield nms_row(count, threshold, clustered, rounds, device)
+    yield from roi_align_rows(rounds, device)
 
 
 def processor() -> str:
