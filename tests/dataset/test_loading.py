@@ -35,6 +35,15 @@ def test_batches_in_the_order_of_the_sampler(num_workers):
         assert [int(batch.images.mean() * 2) for batch in batches] == [1, 5, 8]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_gpu_gets_pinned_memory(num_workers):
+    for batch in BatchLoader(Samples(), SamePaddedSizeSampler([(32, 32)] * 5, 2), num_workers):
+        assert batch.images.is_pinned()
+        assert torch.equal(batch.to(torch.device("cuda")).images.cpu(), batch.images)
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_the_sentence_arrives_unchanged_and_in_its_turn(num_workers):
     loader = BatchLoader(Samples(3), SamePaddedSizeSampler([(32, 32)] * 6, 2), num_workers)

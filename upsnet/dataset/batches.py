@@ -30,10 +30,10 @@ def collate(samples: Sequence[Sample], stride: int = 32) -> Batch:
     height, width = padded_size((max(s.size[0] for s in samples), max(s.size[1] for s in samples)), stride)
     targets = [sample.targets or Targets() for sample in samples]
     instances = [target.instances for target in targets if target.instances is not None]
-    semantic = [_pad(t.semantic, height, width, VOID) for t in targets if t.semantic is not None]
-    quarters = [_pad(t.quarter_masks, height // 4, width // 4, 0) for t in targets if t.quarter_masks is not None]
+    semantic = [target.semantic for target in targets if target.semantic is not None]
+    quarters = [target.quarter_masks for target in targets if target.quarter_masks is not None]
     return Batch(
-        images=torch.stack([_pad(sample.image, height, width, 0) for sample in samples]),
+        images=_stack([sample.image for sample in samples], height, width, 0),
         sizes=[sample.size for sample in samples],
         image_ids=[sample.image_id for sample in samples],
         file_names=[sample.file_name for sample in samples],
@@ -41,16 +41,22 @@ def collate(samples: Sequence[Sample], stride: int = 32) -> Batch:
         scales=[sample.scale for sample in samples],
         flipped=[sample.flipped for sample in samples],
         instances=instances if len(instances) == len(samples) else None,
-        semantic=torch.stack(semantic) if len(semantic) == len(samples) else None,
-        quarter_masks=quarters if len(quarters) == len(samples) else None,
+        semantic=_stack(semantic, height, width, VOID) if len(semantic) == len(samples) else None,
+        quarter_masks=(
+            [_stack([masks], height // 4, width // 4, 0)[0] for masks in quarters]
+            if len(quarters) == len(samples)
+            else None
+        ),
         views=[collate(view, stride) for view in zip(*(sample.views for sample in samples), strict=True)],
     )
 
 
-def _pad(planes: Tensor, height: int, width: int, value: int) -> Tensor:
-    padded = planes.new_full((*planes.shape[:-2], height, width), value)
-    padded[..., : planes.shape[-2], : planes.shape[-1]] = planes
-    return padded
+def _stack(entries: Sequence[Tensor], height: int, width: int, value: int) -> Tensor:
+    """Each entry in the top left corner of …×height×width, filled up with `value`."""
+    stacked = entries[0].new_full((len(entries), *entries[0].shape[:-2], height, width), value)
+    for place, entry in zip(stacked, entries, strict=True):
+        place[..., : entry.shape[-2], : entry.shape[-1]] = entry
+    return stacked
 
 
 class TrainingSampler(Sampler[list[Draw]]):

@@ -1,8 +1,9 @@
-"""Batches from several processes, in which an error that the user can mend arrives as it was raised."""
+"""Batches from several processes, pinned for a GPU; an error that the user can mend arrives as it was raised."""
 
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from upsnet.dataset.batches import collate, start_loader_process
@@ -28,6 +29,7 @@ class BatchLoader:
             sampler=sampler,
             num_workers=num_workers,
             worker_init_fn=start_loader_process,
+            pin_memory=torch.cuda.is_available(),
         )
 
     def __iter__(self) -> Iterator[Batch]:

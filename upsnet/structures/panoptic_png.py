@@ -11,8 +11,10 @@ MAX_SEGMENT_ID = 256**3 - 1
 
 def rgb_to_id(rgb: NDArray[np.uint8]) -> NDArray[np.int32]:
     """H×W×3 uint8 RGB picture → H×W int32 segment ids, 0..MAX_SEGMENT_ID."""
-    wide = rgb.astype(np.int32)
-    return wide[..., 0] + 256 * wide[..., 1] + 65536 * wide[..., 2]
+    code = np.zeros((*rgb.shape[:-1], 4), dtype=np.uint8)  # the bytes of the ids, the lowest first
+    for channel in range(3):
+        code[..., channel] = rgb[..., channel]
+    return code.view("<i4")[..., 0].astype(np.int32, copy=False)
 
 
 def id_to_rgb(ids: NDArray[np.int32]) -> NDArray[np.uint8]:

@@ -4,7 +4,7 @@ Boxes are (x1, y1, x2, y2) in inclusive pixels: width = x2 - x1 + 1. Instances s
 photo; images and maps are at network scale (photo × `scale`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,11 +32,9 @@ class Instances:
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def to(self, device: torch.device) -> "Instances":
-        """Tensors on the device; masks stay where they are."""
-        return replace(
-            self, boxes=self.boxes.to(device), classes=self.classes.to(device), is_crowd=self.is_crowd.to(device)
-        )
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Instances":
+        """The instances with each tensor changed, to another device, say; masks stay where they are."""
+        return replace(self, boxes=change(self.boxes), classes=change(self.classes), is_crowd=change(self.is_crowd))
 
     def without_crowd(self) -> "Instances":
         """The instances that are single things, in the same order."""
@@ -107,12 +105,19 @@ class Batch:
         return len(self.image_ids)
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch with all its tensors on the device."""
+        """The batch with all its tensors on the device. From pinned memory a GPU takes them while the host goes on."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+
+    def pin_memory(self) -> "Batch":
+        """The batch in pinned memory; torch's data loaders call it by this name."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(
             self,
-            images=self.images.to(device),
-            semantic=None if self.semantic is None else self.semantic.to(device),
-            instances=None if self.instances is None else [i.to(device) for i in self.instances],
-            quarter_masks=None if self.quarter_masks is None else [m.to(device) for m in self.quarter_masks],
-            views=[view.to(device) for view in self.views],
+            images=change(self.images),
+            semantic=None if self.semantic is None else change(self.semantic),
+            instances=None if self.instances is None else [each.each(change) for each in self.instances],
+            quarter_masks=None if self.quarter_masks is None else [change(masks) for masks in self.quarter_masks],
+            views=[view._each(change) for view in self.views],
         )
