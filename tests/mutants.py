@@ -73,10 +73,10 @@ MUTANTS = (
     ),
     Mutant(
         "the semantic patch's end truncated",
-        "upsnet/models/panoptic_head.py",
+        "upsnet/operators/panoptic_head.py",
         "return _slices(int(y1), round(y2) + 1, size[0]), _slices(int(x1), round(x2) + 1, size[1])",
         "return _slices(int(y1), int(y2) + 1, size[0]), _slices(int(x1), int(x2) + 1, size[1])",
-        ("tests/models/test_panoptic_head.py",),
+        ("tests/operators/test_panoptic_head.py",),
     ),
     Mutant(
         "biases at the rate of weights",

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.operators.test_panoptic_head import BOXES
 from tests.reference import panoptic as twin
 from upsnet.models.box_head import Candidates
 from upsnet.models.panoptic_head import (
@@ -11,8 +12,6 @@ from upsnet.models.panoptic_head import (
     panoptic_logits,
     panoptic_loss,
     panoptic_target,
-    remove_hidden,
-    segment_patch,
 )
 from upsnet.structures.draws import SeededDraws
 from upsnet.structures.sample import VOID
@@ -20,18 +19,6 @@ from upsnet.structures.sample import VOID
 close = torch.testing.assert_close
 HEIGHT, WIDTH = 12, 16  # of the scores; the network's input has four times as much
 THINGS = 3
-
-BOXES = {
-    "none": [],
-    "one": [[6.0, 5, 40, 30]],
-    "one pixel": [[9.0, 9, 9, 9]],
-    "last pixel": [[63.0, 47, 63, 47], [62.6, 46.6, 63, 47]],
-    "whole image": [[0.0, 0, 63, 47], [0, 0, 63, 47], [0, 0, 63, 47]],
-    "halves": [[2.5, 3.5, 20.5, 21.5], [3.5, 2.5, 30.49, 11.51]],  # round half to even
-    "over the border": [[-9.0, -5, 20, 20], [50, 40, 90, 70], [-30, -30, -10, -10], [100, 100, 120, 110]],
-    "inside out": [[20.0, 20, 10, 10], [63.0, 5, 62.99, 20], [5, 30.01, 9, 29.99]],  # clipping makes such boxes
-    "many": [[4.0 * i, 3.0 * i, 4.0 * i + 22, 3.0 * i + 25] for i in range(9)],
-}
 
 
 def instances_of(name, seed=0):
@@ -92,67 +79,15 @@ def test_the_share_of_instances_that_are_kept():
     assert len(orders) > 10 and all(len(set(order)) == 4 for order in orders)
 
 
-def test_patches():
-    assert segment_patch([2.9, 3.9, 4.5, 5.5], (20, 20)) == (slice(3, 7), slice(2, 5))  # half to even
-    assert segment_patch([-5.0, -5, 100, 100], (20, 30)) == (slice(0, 20), slice(0, 30))
-
-
-def candidates_of(name, seed=0):
-    boxes, classes, masks = instances_of(name, seed)
-    return Candidates(boxes, torch.linspace(0.99, 0.6, len(boxes)), classes), masks
-
-
-@pytest.mark.parametrize("unknown", [True, False])
-@pytest.mark.parametrize("num_stuff", [0, 20])
-@pytest.mark.parametrize("name", BOXES)
-@pytest.mark.parametrize("masks", ["random", "all full", "all empty", "half empty"])
-def test_fuse(masks, name, num_stuff, unknown):
-    scores, (candidates, logits) = scores_of(num_stuff), candidates_of(name)
-    if masks == "all full":
-        logits = logits.abs() + 0.1  # covers its whole box: those behind others go
-    elif masks == "all empty":
-        logits = -logits.abs()
-    elif masks == "half empty":
-        logits[::2] = -logits[::2].abs()
-    fused = fuse(scores, (4 * HEIGHT, 4 * WIDTH), candidates, logits, num_stuff, unknown)
-    if num_stuff == len(candidates) == unknown == 0:
-        assert fused.channels.shape == (4 * HEIGHT, 4 * WIDTH) and len(fused.instances) == 0
-        return
-    channels, semantic, kept = twin.fuse(scores, candidates.boxes, candidates.classes, logits, num_stuff, unknown)
-    assert torch.equal(fused.channels, channels)
-    assert torch.equal(fused.semantic, semantic)
-    assert torch.equal(fused.instances.boxes, candidates.boxes[kept])
+def test_fuse():
+    """The operator's kept flags choose the instances; what it does to pixels is tested where it lives."""
+    scores, (boxes, classes, masks) = scores_of(2), instances_of("many")
+    candidates, size = Candidates(boxes, torch.linspace(0.99, 0.6, len(boxes)), classes), (4 * HEIGHT, 4 * WIDTH)
+    fused = fuse(scores, size, candidates, masks, 2)
+    channels, semantic, kept, _ = twin.fuse(scores, boxes, classes, masks, 2, True, size)
+    assert torch.equal(fused.channels.long(), channels) and torch.equal(fused.semantic.long(), semantic)
+    assert torch.equal(fused.instances.boxes, boxes[kept]) and torch.equal(fused.instances.classes, classes[kept])
     assert torch.equal(fused.instances.scores, candidates.scores[kept])
-    if masks == "all empty":
-        assert kept == [0][: len(candidates)]
-
-
-def test_the_cases_of_fusion_occur():
-    """The comparison above would be void if instances and the unknown channel never won a pixel."""
-    scores, (candidates, logits) = scores_of(2), candidates_of("many")
-    fused = fuse(scores, (4 * HEIGHT, 4 * WIDTH), candidates, logits, 2)
-    assert len(fused.channels.unique()) > 6 and (fused.channels == VOID).any()
-    assert 1 < len(fused.instances) < len(candidates)
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("name", BOXES)
-def test_remove_hidden(name, seed):
-    candidates, masks = candidates_of(name, seed)
-    size = (4 * HEIGHT, 4 * WIDTH)
-    kept, patches = remove_hidden(candidates, masks, size)
-    assert kept == twin.remove_hidden(candidates.boxes, candidates.classes, masks, size)
-    for i, (patch, place) in zip(kept, patches, strict=True):
-        plane = torch.zeros(size)
-        plane[place] = patch
-        close(plane, twin.mask_plane(masks[i], candidates.boxes[i].tolist(), size))
-
-
-def test_only_masks_of_the_same_class_hide():
-    boxes, full = torch.tensor([[4.0, 4, 23, 23]] * 3), torch.ones(3, 7, 7)
-    candidates = Candidates(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([1, 2, 1]))
-    assert remove_hidden(candidates, full, (48, 64))[0] == [0, 1]
-    # exactly 30 % covered is not too much
-    boxes = torch.tensor([[0.0, 0, 9, 9], [7, 0, 16, 9], [6, 20, 15, 29], [0, 20, 9, 29]])
-    candidates = Candidates(boxes, torch.linspace(0.9, 0.6, 4), torch.ones(4, dtype=torch.int64))
-    assert remove_hidden(candidates, torch.ones(4, 7, 7), (48, 64))[0] == [0, 1, 2]
+    # it would be void if instances and the unknown channel never won a pixel
+    assert len(channels.unique()) > 6 and (channels == VOID).any() and 1 < len(kept) < len(boxes)
+    assert (fuse(scores, size, candidates, masks, 2, unknown=False).channels != VOID).all()

@@ -16,10 +16,11 @@ from upsnet.models.box_head import Candidates, DetectionOptions, box_losses, dec
 from upsnet.models.boxes import box_iou, clip, decode, encode
 from upsnet.models.mask_head import mask_loss
 from upsnet.models.matching import AnchorSampling, RoISampling, SampledRoIs, mask_targets, match_anchors, sample_rois
-from upsnet.models.panoptic_head import fuse, panoptic_logits, panoptic_loss, panoptic_target, remove_hidden
+from upsnet.models.panoptic_head import fuse, panoptic_logits, panoptic_loss, panoptic_target
 from upsnet.models.postprocess import merge_segments
 from upsnet.models.rpn import ProposalOptions, RPNOutput, propose, rpn_losses
 from upsnet.operators import nms, paste_masks, pyramid_roi_align
+from upsnet.operators.panoptic_head import remove_hidden
 from upsnet.structures.masks import Masks, mask_from_coco
 from upsnet.structures.sample import VOID
 
@@ -190,11 +191,10 @@ def test_without_detections_there_is_no_dummy(units: dict[str, Any]) -> None:
 
 def test_panoptic_test(units: dict[str, Any]) -> None:
     given, out = piece(units, "panoptic_test")
-    candidates = Candidates(given["boxes"][:, 1:], given["score"], given["cls"])
     half = given["sem_half"][0]
     size = (half.shape[-2] * 2, half.shape[-1] * 2)
     masks = given["mask_logits"][:, 0]
-    kept, patches = remove_hidden(candidates, masks, size)
+    kept, patches = remove_hidden(given["boxes"][:, 1:], given["cls"], masks, size)
     assert kept == out["keep"].tolist()
     sums = torch.stack([patch.double().sum() for patch, _ in patches])
     near(sums, out["mask_energy_sum"][0].double())
@@ -211,9 +211,9 @@ def test_panoptic_fusion(units: dict[str, Any]) -> None:
     full = F.interpolate(given["sem_half"], scale_factor=2, mode="bilinear", align_corners=False)[0]
     size = (full.shape[-2], full.shape[-1])
     fused = fuse(given["sem_half"][0], size, candidates, given["mask_logits"][:, 0], seg_classes - classes + 1)
-    channels = torch.where(fused.channels == VOID, 255, fused.channels)
+    channels = torch.where(fused.channels == VOID, 255, fused.channels).long()
     assert torch.equal(channels, out["ids"][0].long())
-    assert torch.equal(fused.semantic, full.argmax(dim=0))
+    assert torch.equal(fused.semantic.long(), full.argmax(dim=0))
 
 
 def test_panoptic_train(units: dict[str, Any]) -> None:

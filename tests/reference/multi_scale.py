@@ -129,8 +129,8 @@ def predict(network, views):
     detections = select(found, options.detections, options.detections.score_threshold, class_agnostic=False)
     candidates = select(found, options.detections, options.panoptic_score_threshold, class_agnostic=True)
     masks = [masks_of(network, levels, views, each) for each in (detections, candidates)]
-    channels, semantic, kept = fuse(
-        scores.float(), candidates.boxes, candidates.classes, masks[1], network.num_stuff, network.has_unknown, stride=1
+    channels, semantic, kept, _ = fuse(
+        scores.float(), candidates.boxes, candidates.classes, masks[1], network.num_stuff, network.has_unknown, size
     )
     height, width = reference.size
     channels, semantic = (

@@ -86,10 +86,9 @@ def remove_hidden(boxes, classes, mask_logits, size):
     return kept
 
 
-def fuse(scores, boxes, classes, mask_logits, num_stuff, unknown, stride=4):
-    """Channels and semantic map from the whole (stuff + N + 1)×H×W tensor; also the kept positions."""
-    size = (scores.shape[1] * stride, scores.shape[2] * stride)
-    full = F.interpolate(scores[None], size=size, mode="bilinear", align_corners=False)[0]
+def fuse(scores, boxes, classes, mask_logits, num_stuff, unknown, size):
+    """Channels and semantic map from the whole (stuff + N + 1)×H×W tensor; also the kept positions and that tensor."""
+    full = F.interpolate(scores[None], size=size, mode="bilinear", align_corners=False)[0] if len(scores) else scores
     kept = remove_hidden(boxes, classes, mask_logits, size)
     masks = [mask_plane(mask_logits[i], boxes[i].tolist(), size) for i in kept]
     if not kept and len(boxes):
@@ -99,10 +98,11 @@ def fuse(scores, boxes, classes, mask_logits, num_stuff, unknown, stride=4):
     if unknown:
         explained = torch.stack(segments).amax(0) if segments else 0
         planes.append(full[num_stuff:].amax(0) - explained)
-    channels = torch.stack(planes).argmax(0)
+    planes = torch.stack(planes)
+    channels = planes.argmax(0)
     if unknown:
         channels[channels == len(planes) - 1] = VOID
-    return channels, full.argmax(0), kept
+    return channels, full.argmax(0), kept, planes
 
 
 def merge_segments(channels, semantic, classes, num_stuff, limit):

@@ -5,6 +5,7 @@ from upsnet.operators.deform_conv import deform_conv2d
 from upsnet.operators.library import describe
 from upsnet.operators.nms import batched_nms, nms, nms_flags
 from upsnet.operators.overlaps import count_overlaps
+from upsnet.operators.panoptic_head import fuse_panoptic
 from upsnet.operators.paste_masks import paste_masks
 from upsnet.operators.pyramid_roi_align import pyramid_roi_align, roi_levels
 
@@ -14,6 +15,7 @@ __all__ = [
     "count_overlaps",
     "deform_conv2d",
     "describe",
+    "fuse_panoptic",
     "nms",
     "nms_flags",
     "paste_masks",

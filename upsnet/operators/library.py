@@ -29,6 +29,7 @@ COVERED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "caffe_sgd_": {"cpu": (torch.float32,)},
     "deform_conv2d": {"cpu": FLOATS, "triton": (torch.float32, *HALVES)},
     "deform_conv2d_backward": {"cpu": FLOATS, "triton": (torch.float32, *HALVES)},
+    "fuse_panoptic": {"cpu": (torch.float32,)},
     "nms_flags": {"cpu": (torch.float32,)},
     "paste_masks": {"cpu": (torch.float32,)},
     "pyramid_roi_align": {"cpu": (*FLOATS, torch.bfloat16), "cuda": (*FLOATS, *HALVES)},
