@@ -16,8 +16,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
+from pycocotools import mask as coco_mask
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,7 +29,7 @@ from upsnet import builders
 from upsnet.config import load_recipe
 from upsnet.dataset.batches import collate
 from upsnet.models.rpn import propose
-from upsnet.operators import deform_conv2d, describe, nms, pyramid_roi_align
+from upsnet.operators import caffe_sgd_, deform_conv2d, describe, nms, paste_masks, pyramid_roi_align
 from upsnet.structures.class_tables import class_table
 from upsnet.structures.pictures import read_photo
 
@@ -210,6 +213,31 @@ def roi_align_rows(rounds: int, device: str = "cpu") -> Iterator[Row]:
         yield f"{name}, forward + backward", *medians(backwards, max(3, rounds // 2), device), None
 
 
+def paste_row(rounds: int) -> Row:
+    """100 masks to COCO's run lengths; torchvision fills a plane for each, which pycocotools packs."""
+    size, boxes = (800, 1216), spread_boxes(5, 0.7, 100)[:, 1:]
+    masks = torch.nn.functional.interpolate(torch.randn(100, 1, 4, 4) * 3, size=(28, 28), mode="bicubic").sigmoid()
+
+    def theirs() -> object:
+        planes = paste_masks_in_image(masks, boxes, size)[:, 0] > 0.5
+        return [coco_mask.encode(np.asfortranarray(plane)) for plane in planes.byte().numpy()]
+
+    calls = [lambda: paste_masks(masks[:, 0], boxes.numpy(), size), theirs]
+    return ("masks to run lengths, 100 on 800×1216", *medians(calls, rounds), None)
+
+
+def sgd_row(rounds: int) -> Row:
+    """All parameters of a ResNet-50 in channels-last; the other is torch's own optimiser, fused."""
+    network = torchvision.models.resnet50().to(memory_format=torch.channels_last)
+    parameters = list(network.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    gradients, buffers = [p.grad for p in parameters], [torch.zeros_like(p) for p in parameters]
+    optimizer = torch.optim.SGD(parameters, 1e-6, momentum=0.9, weight_decay=1e-4, fused=True)
+    calls = [lambda: caffe_sgd_(parameters, gradients, buffers, 1e-6, 0.9, 1e-4), optimizer.step]
+    return ("SGD step of a ResNet-50 (beside torch.optim.SGD, fused)", *medians(calls, rounds), None)
+
+
 def all_rows(rounds: int, device: str) -> Iterator[Row]:
     for case in DEFORM_CASES:
         if device == "cuda":
@@ -221,6 +249,9 @@ def all_rows(rounds: int, device: str) -> Iterator[Row]:
         for clustered in (False, True):
             yield nms_row(count, threshold, clustered, rounds, device)
     yield from roi_align_rows(rounds, device)
+    if device == "cpu":
+        yield paste_row(rounds)
+        yield sgd_row(rounds)
 
 
 def processor() -> str:
