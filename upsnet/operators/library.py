@@ -27,10 +27,10 @@ FLOATS = (torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
 COVERED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "caffe_sgd_": {"cpu": (torch.float32,)},
-    "deform_conv2d": {"cpu": FLOATS, "triton": (torch.float32, *HALVES)},
-    "deform_conv2d_backward": {"cpu": FLOATS, "triton": (torch.float32, *HALVES)},
+    "deform_conv2d": {"cpu": (*FLOATS, torch.bfloat16), "triton": (torch.float32, *HALVES)},
+    "deform_conv2d_backward": {"cpu": (*FLOATS, torch.bfloat16), "triton": (torch.float32, *HALVES)},
     "fuse_panoptic": {"cpu": (torch.float32,)},
-    "nms_flags": {"cpu": (torch.float32,)},
+    "nms_flags": {"cpu": (torch.float32,), "cuda": (torch.float32,)},
     "paste_masks": {"cpu": (torch.float32,)},
     "pyramid_roi_align": {"cpu": (*FLOATS, torch.bfloat16), "cuda": (*FLOATS, *HALVES)},
     "pyramid_roi_align_backward": {"cpu": (*FLOATS, torch.bfloat16), "cuda": (*FLOATS, *HALVES)},

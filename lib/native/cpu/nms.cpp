@@ -9,22 +9,16 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <optional>
 #include <utility>
 #include <vector>
 
+#include "shared/nms_arguments.h"
 #include "variants.h"
 
-// Contracted multiply-adds would round the union differently from torchvision.
-#ifdef __clang__
-#pragma STDC FP_CONTRACT OFF
-#else
-#pragma GCC push_options
-#pragma GCC optimize("fp-contract=off")
-#endif
+UPSNET_NO_CONTRACTION  // contracted multiply-adds would round the union differently from torchvision
 #include "shared/nms.h"
 
 namespace upsnet {
@@ -63,9 +57,7 @@ void suppress_generic(const Columns& c, const NmsBox& b, int64_t f, int64_t l, f
 
 NmsBox box_of(const float* corners, bool inclusive) { return nms_box(corners, inclusive); }
 
-#ifndef __clang__
-#pragma GCC pop_options
-#endif
+UPSNET_CONTRACTION_AGAIN
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -78,12 +70,6 @@ Suppress chosen_suppress() {
   if (variant == Variant::avx2) return suppress_avx2;
 #endif
   return suppress_generic;
-}
-
-// The largest float that is not above `threshold`: a float exceeds the one exactly if it exceeds the other.
-float float_below(double threshold) {
-  const float rounded = float(threshold);
-  return double(rounded) > threshold ? std::nextafter(rounded, -std::numeric_limits<float>::infinity()) : rounded;
 }
 
 // Whether a box can overlap anything by a threshold of 0 or more. Empty, inverted, infinite boxes and NaN cannot.
@@ -228,13 +214,8 @@ class Sweep {
 // that take part, or none. Returns which boxes stay, bool[n].
 Tensor nms_flags(const Tensor& boxes, std::optional<Tensor> groups, std::optional<Tensor> valid, double threshold,
                  bool inclusive) {
-  STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4 && boxes.scalar_type() == ScalarType::Float,
-                  "nms_flags: boxes must be float32 of shape (n, 4)");
+  check_nms_arguments(boxes, groups, valid);
   const int64_t n = boxes.size(0);
-  STD_TORCH_CHECK(!groups || (groups->dim() == 1 && groups->size(0) == n && groups->scalar_type() == ScalarType::Long),
-                  "nms_flags: groups must be int64 of shape (n)");
-  STD_TORCH_CHECK(!valid || (valid->dim() == 1 && valid->size(0) == n && valid->scalar_type() == ScalarType::Bool),
-                  "nms_flags: valid must be bool of shape (n)");
   const Tensor dense = torch::stable::contiguous(boxes);
   if (groups) groups = torch::stable::contiguous(*groups);
   if (valid) valid = torch::stable::contiguous(*valid);
