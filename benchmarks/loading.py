@@ -2,7 +2,7 @@
 
 DIR is in the official COCO layout (train2017, val2017) and read as the COCO recipe reads it; `shapes` is generated.
 Stages are timed inside the data set's own calls, in one process with one thread, as in a loader process; what is left
-is "other". Figures are medians over the images, the files in the page cache.
+is "other". Figures are medians over the images of processor time, files in the page cache; the rate is by the clock.
 """
 
 import argparse
@@ -50,12 +50,12 @@ Times = dict[str, list[float]]
 
 
 def timed(call: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
-    """The call, which appends its milliseconds to `times`."""
+    """The call, which appends its milliseconds of processor time to `times`."""
 
     def measure(*arguments: Any, **options: Any) -> Any:
-        start = time.perf_counter()
+        start = time.thread_time()
         result = call(*arguments, **options)
-        times.append(1e3 * (time.perf_counter() - start))
+        times.append(1e3 * (time.thread_time() - start))
         return result
 
     return measure
@@ -72,7 +72,7 @@ def stages_timed() -> Iterator[Times]:
 
 
 def milliseconds(recipe: Recipe, images: int) -> dict[str, float]:
-    """Median milliseconds of every stage for an image, in this process."""
+    """Median milliseconds of processor time of every stage for an image, in this process."""
     dataset = builders.build_training_set(recipe)
     entries = np.random.default_rng(0).permutation(len(dataset))[:images].tolist()
     for entry in entries:
@@ -123,7 +123,7 @@ def table(data: Path | None, images: int) -> str:
         f"{datetime.date.today()}, {processor()}, one thread (load of the machine "
         f"{', '.join(f'{load:.1f}' for load in os.getloadavg())}), torch {torch.__version__}, "
         f"OpenCV {cv2.__version__}, Python {platform.python_version()}.",
-        f"Milliseconds an image, medians of {images} images; short side 800 (shapes: 192).",
+        f"Milliseconds of processor time an image, medians of {images} images; short side 800 (shapes: 192).",
         "",
         f"| stage | {' | '.join(columns)} |",
         "|---|" + "---|" * len(columns),
