@@ -7,7 +7,6 @@ process of their own, and no other test sees that mode.
 import importlib
 import logging
 import multiprocessing
-import os
 import re
 import subprocess
 import sys
@@ -37,7 +36,7 @@ def interpreted():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         patch.setenv("OMP_NUM_THREADS", "1")
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), mend_interpreter) as pool:
             came_early = pool.submit(kernels_are_imported).result()  # starts the process
             patch.undo()
             yield SimpleNamespace(
@@ -50,22 +49,25 @@ def kernels_are_imported():
 
 
 def mend_interpreter():
-    """It keeps bfloat16 as 16-bit integers and multiplies matrices of those; this makes them numbers first."""
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    """It multiplies matrices of bfloat16 as the integers that it keeps them in; and that of Triton 3.6 takes no number
+    from an array of one element, which numpy allowed until 2.4."""
+    from triton.runtime import interpreter
 
-    plain = InterpreterBuilder.create_dot
+    dot, patch = interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
+
+    def widened(handle):
+        if handle.dtype.scalar != triton.language.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), triton.language.float32)
 
     def create_dot(self, a, b, *others):
-        wide = [
-            TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), triton.language.float32)
-            if t.dtype.scalar == triton.language.bfloat16
-            else t
-            for t in (a, b)
-        ]
-        return plain(self, *wide, *others)
+        return dot(self, widened(a), widened(b), *others)
 
-    if plain.__module__ != __name__:
-        InterpreterBuilder.create_dot = create_dot
+    def patch_with_index(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang_tensor = create_dot, patch_with_index
 
 
 def run_kernels(arguments, options, grad):
@@ -73,8 +75,6 @@ def run_kernels(arguments, options, grad):
     from upsnet.operators.deform_conv_triton import forward
     from upsnet.operators.deform_conv_triton_backward import backward
 
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        mend_interpreter()
     np.seterr(invalid="ignore")  # damaged offsets
     input, offset, weight, bias, mask = arguments.values()
     output = forward(input, offset, weight, bias, mask, *options.values())
