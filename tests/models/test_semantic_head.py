@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from tests.reference import heads as twin
+from tests.syncs import count_syncs
 from upsnet.models.semantic_head import SemanticHead, _crop_labels, roi_loss, semantic_loss
+from upsnet.operators import library
 from upsnet.structures.sample import VOID
 
 close = torch.testing.assert_close
@@ -82,6 +84,15 @@ def test_roi_loss(first, second):
         theirs = twin.roi_loss(head, levels, target, boxes)
     close(ours, torch.as_tensor(theirs), rtol=1e-5, atol=1e-5)
     assert (ours > 0) == (first != "none" or second != "none")
+
+
+@pytest.mark.skipif(not library.native_in_use(), reason=library.NOT_IN_USE_BECAUSE)
+def test_roi_loss_asks_nothing_of_a_device():
+    head, scores, target = head_of(2), levels_of(channels=7)[0].requires_grad_(), random_target(64, 96)
+    boxes = [torch.tensor(BOXES[name]).reshape(-1, 4) for name in ("several", "thin")]
+    with count_syncs() as syncs:
+        roi_loss(scores, head.score.bias, target, boxes).backward()
+    assert not len(syncs), syncs
 
 
 def test_crops_are_those_of_opencv():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.reference import roi_align as twin
+from tests.syncs import count_syncs
 from upsnet.operators import library
 from upsnet.operators.pyramid_roi_align import pyramid_roi_align, roi_levels
 
@@ -294,6 +295,14 @@ def test_autocast_rule_of_the_operator():
     with torch.autocast("cpu", torch.bfloat16):
         pooled = torch.ops.upsnet.pyramid_roi_align(features, rois, levels, [1 / 4, 1 / 8, 1 / 16, 1 / 32], 7, False)
     assert torch.equal(pooled, pyramid_roi_align(features, rois.float(), 7))
+
+
+@needs_native
+def test_nothing_is_asked_of_a_device():
+    features, rois = [level.requires_grad_() for level in pyramid()], random_rois()
+    with count_syncs() as syncs:
+        pyramid_roi_align(features, rois, 7).sum().backward()
+    assert not len(syncs), syncs
 
 
 @needs_native

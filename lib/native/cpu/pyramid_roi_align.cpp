@@ -113,38 +113,38 @@ void fill_axis(const RoiAxis<A>& axis, int64_t size, int64_t step, Bin<A>* bins,
   }
 }
 
-// Everything that a thread needs to walk through boxes. Maps are dense and channels last.
-template <class A>
+// A level: [images][height][width][channels].
+template <class V, class A>
+struct Map {
+  V* data;
+  int64_t height, width;
+  A scale;
+};
+
+// Everything that a thread needs to walk through boxes. V: values of the maps; A: sums, and the boxes' coordinates.
+template <class V, class A>
 struct Pyramid {
-  std::vector<Tensor> maps;
-  std::vector<double> scales;
+  std::vector<Map<V, A>> maps;
   const A* rois;
   std::vector<Box> boxes;
-  int64_t images, channels, bins;
+  int64_t channels, bins;
   bool aligned;
 
   int64_t box_size() const { return bins * bins * channels; }
-  // Elements before the image of a box in the map of its level.
-  int64_t image_offset(const Box& box) const {
-    return box.image * channels * maps[box.level].size(2) * maps[box.level].size(3);
+  bool has_level(const Box& box) const { return box.level < int64_t(maps.size()); }
+  V* image_of(const Box& box) const {
+    const Map<V, A>& map = maps[box.level];
+    return map.data + box.image * map.height * map.width * channels;
   }
   // Where a box samples; `room` holds 2 * bins.
   BoxBins<A> locate(const Box& box, std::vector<Bin<A>>& room) const {
-    const int64_t height = maps[box.level].size(2), width = maps[box.level].size(3);
-    const A *roi = rois + 5 * box.roi, scale = A(scales[box.level]);
-    fill_axis(roi_axis(roi[2], roi[4], scale, bins, aligned), height, width * channels, room.data(), bins);
-    fill_axis(roi_axis(roi[1], roi[3], scale, bins, aligned), width, channels, room.data() + bins, bins);
+    const Map<V, A>& map = maps[box.level];
+    const A* roi = rois + 5 * box.roi;
+    fill_axis(roi_axis(roi[2], roi[4], map.scale, bins, aligned), map.height, map.width * channels, room.data(), bins);
+    fill_axis(roi_axis(roi[1], roi[3], map.scale, bins, aligned), map.width, channels, room.data() + bins, bins);
     return {room.data(), room.data() + bins, bins};
   }
 };
-
-template <class A>
-Pyramid<A> pyramid(std::vector<Tensor> maps, const std::vector<double>& scales, const Tensor& rois,
-                   const Tensor& levels, int64_t bins, bool aligned) {
-  const int64_t images = maps[0].size(0), channels = maps[0].size(1), num_levels = maps.size();
-  return {std::move(maps), scales,   rois.const_data_ptr<A>(), ordered_boxes<A>(rois, levels, num_levels, images),
-          images,          channels, bins,                     aligned};
-}
 
 // [bins][channels] -> [channels][bins]; a few channels at a time, whose lines stay in cache.
 template <class T>
@@ -158,27 +158,32 @@ void transpose(const T* from, int64_t bins, int64_t channels, T* to) {
 template <class T>
 Tensor forward(const std::vector<Tensor>& features, const Tensor& rois, const Tensor& levels,
                const std::vector<double>& scales, int64_t bins, bool aligned) {
+  using A = RoiSum<T>;
+  const int64_t num_levels = features.size(), images = features[0].size(0), channels = features[0].size(1);
+  Pyramid<const T, A> p{{}, rois.const_data_ptr<A>(), ordered_boxes<A>(rois, levels, num_levels, images),
+                        channels, bins, aligned};
   std::vector<Tensor> maps;
-  for (const Tensor& feature : features) maps.push_back(torch::stable::contiguous(feature, MemoryFormat::ChannelsLast));
+  for (int64_t i = 0; i < num_levels; ++i) {
+    maps.push_back(torch::stable::contiguous(features[i], MemoryFormat::ChannelsLast));
+    p.maps.push_back({maps[i].const_data_ptr<T>(), maps[i].size(2), maps[i].size(3), A(scales[i])});
+  }
   const bool channels_last = is_channels_last(features[0]);
-  const Pyramid<RoiSum<T>> p = pyramid<RoiSum<T>>(maps, scales, rois, levels, bins, aligned);
-  Tensor output = empty_images(rois, {rois.size(0), p.channels, bins, bins}, features[0].scalar_type(), channels_last);
+  Tensor output = empty_images(rois, {rois.size(0), channels, bins, bins}, features[0].scalar_type(), channels_last);
   T* result = output.mutable_data_ptr<T>();
   const Entry<T> use = entry<T>();
-  const int64_t num_levels = features.size(), grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, p.box_size()));
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, p.box_size()));  // worth waking a thread for
   torch::stable::parallel_for(0, p.boxes.size(), grain, [&](int64_t begin, int64_t end) {
-    std::vector<Bin<RoiSum<T>>> room(2 * bins);
+    std::vector<Bin<A>> room(2 * bins);
     std::vector<T> pooled(channels_last ? 0 : p.box_size());
     for (int64_t i = begin; i < end; ++i) {
       const Box& box = p.boxes[i];
       T* out = result + box.roi * p.box_size();
-      if (box.level == num_levels) {
+      if (!p.has_level(box)) {
         std::fill_n(out, p.box_size(), T(0));
         continue;
       }
-      const T* map = p.maps[box.level].template const_data_ptr<T>() + p.image_offset(box);
-      use.pool(map, p.locate(box, room), p.channels, channels_last ? out : pooled.data());
-      if (!channels_last) transpose(pooled.data(), bins * bins, p.channels, out);
+      use.pool(p.image_of(box), p.locate(box, room), channels, channels_last ? out : pooled.data());
+      if (!channels_last) transpose(pooled.data(), bins * bins, channels, out);
     }
   });
   return output;
@@ -188,43 +193,51 @@ template <class T>
 std::vector<Tensor> backward(const Tensor& grad, const std::vector<Tensor>& features, const Tensor& rois,
                              const Tensor& levels, const std::vector<double>& scales, bool aligned) {
   using A = RoiSum<T>;
+  const int64_t num_levels = features.size(), images = features[0].size(0), channels = features[0].size(1);
+  Pyramid<A, A> p{{}, rois.const_data_ptr<A>(), ordered_boxes<A>(rois, levels, num_levels, images),
+                  channels, grad.size(2), aligned};
   const ScalarType type = features[0].scalar_type(), sum_type = type == ScalarType::Double ? type : ScalarType::Float;
   std::vector<Tensor> sums;
-  for (const Tensor& f : features) {
-    sums.push_back(empty_images(f, {f.size(0), f.size(1), f.size(2), f.size(3)}, sum_type, true));
-    torch::stable::zero_(sums.back());
+  for (int64_t i = 0; i < num_levels; ++i) {
+    const int64_t height = features[i].size(2), width = features[i].size(3);
+    sums.push_back(empty_images(features[i], {images, channels, height, width}, sum_type, true));
+    torch::stable::zero_(sums[i]);
+    p.maps.push_back({sums[i].mutable_data_ptr<A>(), height, width, A(scales[i])});
   }
-  const Pyramid<A> p = pyramid<A>(sums, scales, rois, levels, grad.size(2), aligned);
   const Tensor upstream = torch::stable::contiguous(grad, MemoryFormat::ChannelsLast);
   const T* given = upstream.const_data_ptr<T>();
   const Entry<T> use = entry<T>();
-  const int64_t num_levels = features.size();
-  constexpr int64_t line = 16;  // channels: threads share no line of the cache
-  torch::stable::parallel_for(0, (p.channels + line - 1) / line, 1, [&](int64_t begin, int64_t end) {
+  constexpr int64_t line = 16;  // channels: so two threads share no line of the cache
+  torch::stable::parallel_for(0, (channels + line - 1) / line, 1, [&](int64_t begin, int64_t end) {
     std::vector<Bin<A>> room(2 * p.bins);
-    for (const Box& box : p.boxes) {
-      if (box.level == num_levels) break;  // the last ones
-      A* map = p.maps[box.level].template mutable_data_ptr<A>() + p.image_offset(box);
-      use.scatter(map, p.locate(box, room), p.channels, begin * line, std::min(end * line, p.channels),
-                  given + box.roi * p.box_size());
-    }
+    for (const Box& box : p.boxes)
+      if (p.has_level(box))
+        use.scatter(p.image_of(box), p.locate(box, room), channels, begin * line, std::min(end * line, channels),
+                    given + box.roi * p.box_size());
   });
-  for (size_t i = 0; i < features.size(); ++i) {
+  for (int64_t i = 0; i < num_levels; ++i) {
     if (!is_channels_last(features[i])) sums[i] = torch::stable::contiguous(sums[i]);
     if (type != sum_type) sums[i] = torch::stable::to(sums[i], type);
   }
   return sums;
 }
 
+// Calls with a value of the C++ type that a dtype stands for.
+template <class Call>
+auto by_type(ScalarType type, const Call& call) {
+  if (type == ScalarType::Double) return call(double());
+  if (type == ScalarType::BFloat16) return call(BFloat16());
+  STD_TORCH_CHECK(type == ScalarType::Float, "pyramid_roi_align: float32, float64 or bfloat16 only");
+  return call(float());
+}
+
 Tensor pyramid_roi_align(std::vector<Tensor> features, const Tensor& rois, const Tensor& levels,
                          std::vector<double> scales, int64_t bins, bool aligned) {
   check_pyramid(features, rois, levels, scales, bins);
   const Tensor boxes = torch::stable::contiguous(rois), chosen = torch::stable::contiguous(levels);
-  const ScalarType type = features[0].scalar_type();
-  if (type == ScalarType::Double) return forward<double>(features, boxes, chosen, scales, bins, aligned);
-  if (type == ScalarType::BFloat16) return forward<BFloat16>(features, boxes, chosen, scales, bins, aligned);
-  STD_TORCH_CHECK(type == ScalarType::Float, "pyramid_roi_align: float32, float64 or bfloat16 only");
-  return forward<float>(features, boxes, chosen, scales, bins, aligned);
+  return by_type(features[0].scalar_type(), [&](auto zero) {
+    return forward<decltype(zero)>(features, boxes, chosen, scales, bins, aligned);
+  });
 }
 
 std::vector<Tensor> pyramid_roi_align_backward(const Tensor& grad, std::vector<Tensor> features, const Tensor& rois,
@@ -232,11 +245,9 @@ std::vector<Tensor> pyramid_roi_align_backward(const Tensor& grad, std::vector<T
   check_pyramid(features, rois, levels, scales, 1);
   check_gradient(grad, features[0], rois);
   const Tensor boxes = torch::stable::contiguous(rois), chosen = torch::stable::contiguous(levels);
-  const ScalarType type = features[0].scalar_type();
-  if (type == ScalarType::Double) return backward<double>(grad, features, boxes, chosen, scales, aligned);
-  if (type == ScalarType::BFloat16) return backward<BFloat16>(grad, features, boxes, chosen, scales, aligned);
-  STD_TORCH_CHECK(type == ScalarType::Float, "pyramid_roi_align: float32, float64 or bfloat16 only");
-  return backward<float>(grad, features, boxes, chosen, scales, aligned);
+  return by_type(features[0].scalar_type(), [&](auto zero) {
+    return backward<decltype(zero)>(grad, features, boxes, chosen, scales, aligned);
+  });
 }
 
 }  // namespace

@@ -42,7 +42,7 @@ struct Lanes {
   static UPSNET_INLINE void store(T* to, Vector values) { *(Unaligned*)to = values; }
 };
 
-// Stores round to the nearest, ties to even. A macro, because GCC 12 converts no vectors whose type depends on a template.
+// Stores round to the nearest, ties to even. A macro, because GCC 12 converts no vectors inside a template.
 #define UPSNET_BFLOAT16_LANES(BYTES)                                                                                 \
   template <>                                                                                                        \
   struct Lanes<BFloat16, BYTES> {                                                                                    \

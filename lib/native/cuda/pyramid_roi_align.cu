@@ -188,18 +188,23 @@ std::vector<Tensor> backward(const Tensor& grad, const std::vector<Tensor>& feat
   return sums;
 }
 
+// Calls with a value of the C++ type that a dtype stands for.
+template <class Call>
+auto by_type(ScalarType type, const Call& call) {
+  if (type == ScalarType::Double) return call(double());
+  if (type == ScalarType::BFloat16) return call(BFloat16());
+  if (type == ScalarType::Half) return call(Half());
+  STD_TORCH_CHECK(type == ScalarType::Float, "pyramid_roi_align: floating point features only");
+  return call(float());
+}
+
 Tensor pyramid_roi_align(std::vector<Tensor> features, const Tensor& rois, const Tensor& levels,
                          std::vector<double> scales, int64_t bins, bool aligned) {
   check_pyramid(features, rois, levels, scales, bins);
   const Tensor boxes = torch::stable::contiguous(rois), chosen = torch::stable::contiguous(levels);
-  switch (features[0].scalar_type()) {
-    case ScalarType::Double: return forward<double>(features, boxes, chosen, scales, bins, aligned);
-    case ScalarType::Half: return forward<Half>(features, boxes, chosen, scales, bins, aligned);
-    case ScalarType::BFloat16: return forward<BFloat16>(features, boxes, chosen, scales, bins, aligned);
-    default: break;
-  }
-  STD_TORCH_CHECK(features[0].scalar_type() == ScalarType::Float, "pyramid_roi_align: floating point features only");
-  return forward<float>(features, boxes, chosen, scales, bins, aligned);
+  return by_type(features[0].scalar_type(), [&](auto zero) {
+    return forward<decltype(zero)>(features, boxes, chosen, scales, bins, aligned);
+  });
 }
 
 std::vector<Tensor> pyramid_roi_align_backward(const Tensor& grad, std::vector<Tensor> features, const Tensor& rois,
@@ -207,14 +212,9 @@ std::vector<Tensor> pyramid_roi_align_backward(const Tensor& grad, std::vector<T
   check_pyramid(features, rois, levels, scales, 1);
   check_gradient(grad, features[0], rois);
   const Tensor boxes = torch::stable::contiguous(rois), chosen = torch::stable::contiguous(levels);
-  switch (features[0].scalar_type()) {
-    case ScalarType::Double: return backward<double>(grad, features, boxes, chosen, scales, aligned);
-    case ScalarType::Half: return backward<Half>(grad, features, boxes, chosen, scales, aligned);
-    case ScalarType::BFloat16: return backward<BFloat16>(grad, features, boxes, chosen, scales, aligned);
-    default: break;
-  }
-  STD_TORCH_CHECK(features[0].scalar_type() == ScalarType::Float, "pyramid_roi_align: floating point features only");
-  return backward<float>(grad, features, boxes, chosen, scales, aligned);
+  return by_type(features[0].scalar_type(), [&](auto zero) {
+    return backward<decltype(zero)>(grad, features, boxes, chosen, scales, aligned);
+  });
 }
 
 }  // namespace
