@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from tests.models.small import LOSSES, SAMPLES, photo_sample, small_network, training_batch
+from tests.models.test_batches import samples_of
+from tests.syncs import count_syncs
 from upsnet.dataset.batches import collate
-from upsnet.models.box_head import suppress
+from upsnet.models.box_head import DetectionOptions, suppress
 from upsnet.models.matching import AnchorSampling, RoISampling
 from upsnet.models.rpn import ProposalOptions
-from upsnet.models.upsnet import SamplingOptions, quarter_labels
+from upsnet.models.upsnet import SamplingOptions, SelectionOptions, quarter_labels
+from upsnet.operators import library
 from upsnet.structures.sample import VOID
 
 close = torch.testing.assert_close
@@ -138,6 +141,21 @@ def test_what_is_detection_and_candidate_passes_the_mask_head_once(monkeypatch):
     (seen,) = rois
     sets = [set(positions.tolist()) for positions in lists]
     assert len(seen) == len(sets[0] | sets[1]) + len(sets[2] | sets[3]) < sum(map(len, sets))
+
+
+@pytest.mark.skipif(not library.native_in_use(), reason=library.NOT_IN_USE_BECAUSE)
+@torch.inference_mode()
+def test_the_number_of_waits_for_a_device_does_not_depend_on_the_number_of_instances():
+    batch, waits, instances = collate(samples_of(2)), [], set()
+    for threshold in (0.3, 0.999, 1.0):
+        detections = DetectionOptions(threshold, max_detections=20)
+        selection = SelectionOptions(ProposalOptions(pre_nms=60, post_nms=40), detections, max(threshold, 0.4))
+        network = small_network(seed=1, lively=True, selection=selection).eval()
+        with count_syncs() as syncs:
+            predictions = network(batch)
+        waits.append(syncs.counts)
+        instances.add(tuple(len(prediction.instances) for prediction in predictions))
+    assert waits[0] == waits[1] == waits[2] and len(instances) == 3 and (0, 0) in instances
 
 
 @pytest.mark.parametrize("size", [(48, 64), (33, 35), (34, 38), (30, 61)])
