@@ -49,7 +49,7 @@ def pyramid_roi_align(features: Sequence[Tensor], rois: Tensor, output_size: int
     _check(features, rois, output_size)
     # The eight bits of bfloat16 would move a box at 1000 pixels by up to 4.
     rois = rois.to(torch.promote_types(features[0].dtype, torch.float32))
-    levels = roi_levels(rois[:, 1:], len(features)).where(rois.isfinite().all(dim=1), NO_LEVEL)
+    levels = roi_levels(rois[:, 1:], len(features)).masked_fill(~rois.isfinite().all(dim=1), NO_LEVEL)
     scales = [1 / (FINEST_STRIDE * 2**level) for level in range(len(features))]
     if library.covers("pyramid_roi_align", *features):
         result: Tensor = torch.ops.upsnet.pyramid_roi_align(features, rois, levels, scales, output_size, aligned)
@@ -64,7 +64,7 @@ def _level_by_level(
     of_image = (rois[:, 0] >= 0) & (rois[:, 0] < features[0].shape[0])
     if rois.device.type == "cpu" and not of_image.all():
         raise RuntimeError(f"pyramid_roi_align: rois name an image that is not among {features[0].shape[0]}")
-    levels = levels.where(of_image, NO_LEVEL)
+    levels = levels.masked_fill(~of_image, NO_LEVEL)
     pooled = _empty(features, rois, output_size).zero_()
     for level, (feature, scale) in enumerate(zip(features, scales, strict=True)):
         members = torch.nonzero(levels == level).flatten()
