@@ -29,19 +29,21 @@ def deform_conv2d(
     dilation: tuple[int, int] = (1, 1),
     mask: np.ndarray | None = None,
 ) -> np.ndarray:
-    """All arrays float64, shapes as in `upsnet.operators.deform_conv2d`; one weight group."""
+    """All arrays float64, shapes as in `upsnet.operators.deform_conv2d`."""
     images, channels, _, _ = input.shape
-    outputs, _, kernel_h, kernel_w = weight.shape
+    outputs, group_channels, kernel_h, kernel_w = weight.shape
+    group_outputs = outputs // (channels // group_channels)
     taps = kernel_h * kernel_w
     per_group = channels // (offset.shape[1] // (2 * taps))
     result = np.zeros((images, outputs, *offset.shape[2:]))
     for n, o, row, column in np.ndindex(result.shape):
         total = 0.0 if bias is None else float(bias[o])
-        for c, i, j in np.ndindex(channels, kernel_h, kernel_w):
+        for k, i, j in np.ndindex(group_channels, kernel_h, kernel_w):
+            c = o // group_outputs * group_channels + k
             tap = (c // per_group) * taps + i * kernel_w + j
             y = row * stride[0] - padding[0] + i * dilation[0] + offset[n, 2 * tap, row, column]
             x = column * stride[1] - padding[1] + j * dilation[1] + offset[n, 2 * tap + 1, row, column]
             factor = 1.0 if mask is None else mask[n, tap, row, column]
-            total += weight[o, c, i, j] * factor * bilinear(input[n, c], y, x)
+            total += weight[o, k, i, j] * factor * bilinear(input[n, c], y, x)
         result[n, o, row, column] = total
     return result

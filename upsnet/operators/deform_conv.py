@@ -70,7 +70,7 @@ def _compute(
         offset, mask = offset.float(), None if mask is None else mask.float()
         if not library.covers("deform_conv2d", input, weight):
             input, weight, bias = input.float(), weight.float(), None if bias is None else bias.float()
-    if weight.shape[1] == input.shape[1] and library.covers("deform_conv2d", input, weight):
+    if library.covers("deform_conv2d", input, weight):
         result: Tensor = torch.ops.upsnet.deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation)
     else:
         result = torchvision.ops.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
@@ -113,6 +113,8 @@ def _check_shapes(
     outputs, _, kernel_h, kernel_w = weight.shape
     if weight.shape[1] == 0 or channels % weight.shape[1]:
         raise ValueError(f"deform_conv2d: weight wants {weight.shape[1]} input channels, input has {channels}")
+    if outputs % (channels // weight.shape[1]):
+        raise ValueError(f"deform_conv2d: weight has {outputs} outputs for {channels // weight.shape[1]} weight groups")
     if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
         raise ValueError(
             f"deform_conv2d: stride {stride} and dilation {dilation} must be positive, padding {padding} not negative"

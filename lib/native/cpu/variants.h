@@ -13,6 +13,7 @@
 #if defined(__x86_64__)
 #define UPSNET_X86 1
 #define UPSNET_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
+#define UPSNET_TARGET_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
 #define UPSNET_TARGET_AVX2 __attribute__((target("avx2,fma")))
 #else
 #define UPSNET_X86 0
@@ -44,6 +45,15 @@ inline Variant chosen_variant() {
   if (avx2) return Variant::avx2;
 #endif
   return Variant::generic;
+}
+
+// Whether this machine multiplies pairs of bfloat16 by AVX-512, if that is the variant chosen.
+inline bool multiplies_halves() {
+#if UPSNET_X86
+  return chosen_variant() == Variant::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
 }
 
 }  // namespace upsnet
