@@ -29,7 +29,7 @@ from upsnet import builders
 from upsnet.config import load_recipe
 from upsnet.dataset.batches import collate
 from upsnet.models.rpn import propose
-from upsnet.operators import caffe_sgd_, deform_conv2d, describe, nms, paste_masks, pyramid_roi_align
+from upsnet.operators import batched_nms, caffe_sgd_, deform_conv2d, describe, nms, paste_masks, pyramid_roi_align
 from upsnet.structures.class_tables import class_table
 from upsnet.structures.pictures import read_photo
 
@@ -45,7 +45,7 @@ DEFORM_CASES = [
     (8, 64, 64, 12, 16),
     (8, 64, 64, 6, 8),
 ]
-NMS_CASES = [(1000, 0.5), (2000, 0.7), (6000, 0.5), (6000, 0.7), (12000, 0.7)]
+NMS_CASES = [(100, 0.5), (1000, 0.5), (2000, 0.7), (6000, 0.5), (6000, 0.7), (12000, 0.7)]
 Row = tuple[str, float, float, float | None]
 
 
@@ -138,18 +138,23 @@ def deform_rows_on_cuda(case: tuple[int, ...], rounds: int) -> Iterator[Row]:
                 yield (f"{name}, TF32" if precision == "tf32" else name, *times)
 
 
-def nms_row(count: int, threshold: float, clustered: bool, rounds: int, device: str = "cpu") -> Row:
+def nms_rows(count: int, threshold: float, rounds: int, device: str = "cpu") -> Iterator[Row]:
+    """Boxes anywhere, and around 60 objects as a region proposal network gives them; these in 80 classes as well."""
     draw = torch.Generator().manual_seed(0)
-    centre = torch.rand(count, 2, generator=draw) * torch.tensor([1216.0, 800.0])
-    if clustered:  # around 60 objects, as a region proposal network gives them
-        centre = centre[torch.arange(count) % 60] + torch.randn(count, 2, generator=draw) * 12
+    anywhere = torch.rand(count, 2, generator=draw) * torch.tensor([1216.0, 800.0])
+    around = anywhere[torch.arange(count) % 60] + torch.randn(count, 2, generator=draw) * 12
     side = torch.exp(torch.randn(count, 2, generator=draw) * 0.5 + 4)
-    boxes = torch.cat([centre - side / 2, centre + side / 2], 1).to(device)
     scores = torch.rand(count, generator=draw).to(device)
-    calls = [lambda: nms(boxes, scores, threshold), lambda: torchvision.ops.nms(boxes, scores, threshold)]
-    kind = "clustered" if clustered else "uniform"
-    ours, theirs = medians(calls, rounds, device)
-    return f"nms {count} boxes, {kind}, threshold {threshold} ({len(calls[0]())} kept)", ours, theirs, None
+    classes = torch.randint(80, (count,), generator=draw).to(device)
+    for kind, centre, functions, groups in (
+        ("uniform", anywhere, (nms, torchvision.ops.nms), ()),
+        ("clustered", around, (nms, torchvision.ops.nms), ()),
+        ("clustered, 80 classes", around, (batched_nms, torchvision.ops.batched_nms), (classes,)),
+    ):
+        boxes = torch.cat([centre - side / 2, centre + side / 2], 1).to(device)
+        calls = [functools.partial(function, boxes, scores, *groups, threshold) for function in functions]
+        name = f"nms {count} boxes, {kind}, threshold {threshold} ({len(calls[0]())} kept)"
+        yield name, *medians(calls, rounds, device), None
 
 
 def photo_case() -> tuple[list[torch.Tensor], torch.Tensor, str]:
@@ -246,8 +251,7 @@ def all_rows(rounds: int, device: str) -> Iterator[Row]:
             for memory_format in (torch.channels_last, torch.contiguous_format):
                 yield from deform_rows(case, memory_format, rounds)
     for count, threshold in NMS_CASES:
-        for clustered in (False, True):
-            yield nms_row(count, threshold, clustered, rounds, device)
+        yield from nms_rows(count, threshold, rounds, device)
     yield from roi_align_rows(rounds, device)
     if device == "cpu":
         yield paste_row(rounds)
