@@ -243,6 +243,7 @@ def compiled(kernel, arguments, architecture):
         elif isinstance(value, torch.Tensor):
             signature[parameter.name], aligned[(number,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
         else:
+            assert parameter.do_not_specialize, "photos of another size would be compiled for"
             signature[parameter.name] = "i32"
     return triton.compile(
         triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),

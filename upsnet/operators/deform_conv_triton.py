@@ -20,6 +20,9 @@ from torch import Tensor
 ENOUGH_PROGRAMS = 132
 """One for each multiprocessor of a large GPU; problems that would give fewer are cut into smaller blocks."""
 
+SIZES = ["height", "width", "out_width", "out_pixels", "blocks", "all_blocks", "shares"]
+"""Arguments that change with the photo. Triton would compile anew for those that 16 divides, in any combination."""
+
 
 @triton.jit
 def element(
@@ -121,7 +124,7 @@ def sample(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _forward_kernel(
     output: tl.tensor, bias: tl.tensor, weight: tl.tensor, input: tl.tensor, offset: tl.tensor, mask: tl.tensor,
     height: tl.tensor, width: tl.tensor, out_width: tl.tensor, out_pixels: tl.tensor, blocks: tl.tensor,

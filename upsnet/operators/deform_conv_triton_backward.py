@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from upsnet.operators.deform_conv_triton import (
+    SIZES,
     block_size,
     corner,
     element,
@@ -34,7 +35,7 @@ WEIGHT_PROGRAMS = 528
 """Programs of the weight gradient, about. Not read off the GPU at hand: the order of sums follows from it."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _places_kernel(
     grad_input: tl.tensor, grad_offset: tl.tensor, grad_mask: tl.tensor, grad: tl.tensor, weight: tl.tensor,
     input: tl.tensor, offset: tl.tensor, mask: tl.tensor,
@@ -103,7 +104,7 @@ def _places_kernel(
         tl.store(grad_mask + at, grad_factor.to(grad_mask.dtype.element_ty), mask=is_pixel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _weights_kernel(
     grad_weight: tl.tensor, grad: tl.tensor, input: tl.tensor, offset: tl.tensor, mask: tl.tensor,
     height: tl.tensor, width: tl.tensor, out_width: tl.tensor, out_pixels: tl.tensor,
