@@ -107,6 +107,15 @@ def test_threads_change_nothing():
         torch.set_num_threads(before)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu():
+    case = [random_tensors(seed, channels_last=True) for seed in range(3)]
+    on_gpu = after_steps(*([t.cuda() for t in tensors] for tensors in case))
+    for ours, theirs in zip(on_gpu, after_steps(*case), strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_other_dtypes_and_nothing_at_all():
     caffe_sgd_([], [], [], *RULE)
     case = [random_tensors(seed) for seed in range(3)]

@@ -93,6 +93,13 @@ def test_views_and_half_precision(path):
     assert paste_masks(halves, boxes, PHOTO) == paste_masks(halves.float(), boxes, PHOTO)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_masks_on_a_gpu():
+    masks, boxes = smooth_masks(3, 28), np.array([BOXES["inside"]] * 3, dtype=np.float32)
+    assert paste_masks(masks.cuda(), boxes, PHOTO) == paste_masks(masks, boxes, PHOTO)
+
+
 def test_threads_change_nothing():
     masks, boxes = smooth_masks(30, 28), np.tile(np.float32(BOXES["over the border"]), (30, 1))
     before = torch.get_num_threads()
