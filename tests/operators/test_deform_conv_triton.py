@@ -26,6 +26,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 # As SHAPES; few steps of the slow interpreter, and more channels, pixels or outputs than a block holds.
 SMALL = (2, 6, 3, 4, 5, (2, 1), (1, 1), (1, 0), (1, 1), 2, True)
+STRIDED = (1, 6, 5, 4, 5, (3, 2), (2, 1), (1, 2), (1, 2), 2, True)
 TALL = (1, 40, 3, 50, 70, (1, 2), (1, 1), (0, 1), (1, 1), 2, True)
 WIDE = (2, 3, 2, 3, 300, (1, 1), (1, 1), (0, 0), (1, 1), 1, False)
 NAMES = ("input", "offset", "weight", "bias", "mask")
@@ -115,8 +116,8 @@ def test_equals_the_loops(shape, kind, interpreted):
 @pytest.mark.parametrize(
     ("shape", "kind"),
     [
-        (SHAPES[1], "random"),
-        (SHAPES[1], "integers"),
+        (STRIDED, "random"),
+        (STRIDED, "integers"),
         (SHAPES[3], "far"),
         (SHAPES[4], "random"),
         (SHAPES[4], "halves"),
