@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def run(*arguments):
     return subprocess.run(["bash", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("script", ["init.sh", "init_cityscapes.sh", "download_weights.sh", ".ci/run"])
+@pytest.mark.parametrize("script", ["init.sh", "init_cityscapes.sh", "download_weights.sh", "benchmarks/gpu.sh", ".ci/run"])
 def test_scripts_are_executable_bash(script):
     assert (ROOT / script).stat().st_mode & 0o111
     assert run("-n", script).returncode == 0
@@ -27,6 +28,19 @@ def test_help_and_unknown_commands():
     helped, unknown = run("init.sh", "help"), run("init.sh", "nonsense")
     assert helped.returncode == 0 and "./init.sh demo" in helped.stdout
     assert unknown.returncode == 2 and "nonsense" in unknown.stderr
+
+
+def test_the_run_on_a_gpu_says_what_it_lacks():
+    without = run("benchmarks/gpu.sh")
+    assert without.returncode == 2 and "DATA WEIGHTS" in without.stderr
+    blind = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", "data", "weights"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert blind.returncode == 1 and "sees no CUDA device" in blind.stderr
 
 
 # -- the steps, in a copied tree with a stand-in for Python ------------------------------------------------------------

@@ -5,7 +5,6 @@ import pytest
 
 from tests.reference.panoptic_quality import slow_overlaps
 from upsnet.operators import count_overlaps, library
-from upsnet.operators.__main__ import main as report
 from upsnet.operators.overlaps import count_overlaps_numpy
 
 EXTREMES = [0, 1, -1, 2**24 - 1, 2**24, 2**31 - 1, -(2**31)]
@@ -125,9 +124,3 @@ def test_switched_off_and_missing(monkeypatch):
         monkeypatch.setattr(library, "count_overlaps", counting)
         monkeypatch.setattr(library, "COUNTING_NOT_IN_USE_BECAUSE", reason)
         assert reason in library.describe_counting() and "numpy serves" in library.describe_counting()
-
-
-def test_the_report_names_the_path(path, capsys):
-    assert report() == 0
-    printed = capsys.readouterr().out
-    assert f"cpu   count_overlaps     {path} " in printed and "in 0 overlaps" in printed
