@@ -5,6 +5,7 @@ import torch
 
 from tests.operators.test_panoptic_head import BOXES
 from tests.reference import panoptic as twin
+from tests.syncs import count_syncs
 from upsnet.models.box_head import Candidates
 from upsnet.models.panoptic_head import (
     fuse,
@@ -13,6 +14,7 @@ from upsnet.models.panoptic_head import (
     panoptic_loss,
     panoptic_target,
 )
+from upsnet.operators import library
 from upsnet.structures.draws import SeededDraws
 from upsnet.structures.sample import VOID
 
@@ -91,3 +93,13 @@ def test_fuse():
     # it would be void if instances and the unknown channel never won a pixel
     assert len(channels.unique()) > 6 and (channels == VOID).any() and 1 < len(kept) < len(boxes)
     assert (fuse(scores, size, candidates, masks, 2, unknown=False).channels != VOID).all()
+
+
+@pytest.mark.skipif(not library.native_in_use(), reason=library.NOT_IN_USE_BECAUSE)
+def test_the_host_waits_once_whatever_the_number_of_instances():
+    for name in ("none", "one", "many"):
+        boxes, classes, masks = instances_of(name)
+        candidates = Candidates(boxes, torch.linspace(0.99, 0.6, len(boxes)), classes)
+        with count_syncs() as syncs:
+            fuse(scores_of(2), (4 * HEIGHT, 4 * WIDTH), candidates, masks, 2)
+        assert dict(syncs.counts) == {"nonzero": 1}, syncs

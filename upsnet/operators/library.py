@@ -29,7 +29,7 @@ COVERED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "caffe_sgd_": {"cpu": (torch.float32,)},
     "deform_conv2d": {"cpu": (*FLOATS, torch.bfloat16), "triton": (torch.float32, *HALVES)},
     "deform_conv2d_backward": {"cpu": (*FLOATS, torch.bfloat16), "triton": (torch.float32, *HALVES)},
-    "fuse_panoptic": {"cpu": (torch.float32,)},
+    "fuse_panoptic": {"cpu": (torch.float32,), "cuda": (torch.float32,)},
     "nms_flags": {"cpu": (torch.float32,), "cuda": (torch.float32,)},
     "paste_masks": {"cpu": (torch.float32,)},
     "pyramid_roi_align": {"cpu": (*FLOATS, torch.bfloat16), "cuda": (*FLOATS, *HALVES)},

@@ -82,7 +82,7 @@ def fuse_panoptic(
             scores, *size, boxes, classes.long(), mask_logits, num_stuff, unknown
         )
         return found
-    return _fuse_plain(scores, size, boxes, classes, mask_logits, num_stuff, unknown)
+    return fuse_plain(scores, size, boxes, classes, mask_logits, num_stuff, unknown)
 
 
 def _check(
@@ -141,7 +141,7 @@ def remove_hidden(
     return kept, patches
 
 
-def _fuse_plain(
+def fuse_plain(
     scores: Tensor,
     size: tuple[int, int],
     boxes: Tensor,
@@ -150,7 +150,10 @@ def _fuse_plain(
     num_stuff: int,
     unknown: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`fuse_panoptic` over planes one at a time, so that the (stuff + instances)×H×W tensor never exists."""
+    """`fuse_panoptic` in PyTorch, plane by plane: the (stuff + instances)×H×W tensor does not exist here either.
+
+    Takes and returns what `fuse_panoptic` does, but checks nothing.
+    """
     kept, patches = remove_hidden(boxes, classes, mask_logits, size)
     if not kept and len(boxes):
         kept, patches = [0], [(scores.new_zeros(0, 0), (slice(0, 0), slice(0, 0)))]

@@ -53,11 +53,6 @@ UPSNET_VARIANT(avx2, UPSNET_TARGET_AVX2, 32, false)
 #endif
 UPSNET_VARIANT(generic, , 16, UPSNET_X86 == 1)
 
-// What the call returns.
-struct Results {
-  Tensor channels, semantic, kept;
-};
-
 template <int LANES>
 void lay_out(PanopticPlan<LANES>& plan, int64_t candidates) {
   const PanopticTask& t = plan.task;
@@ -83,13 +78,6 @@ void lay_out(PanopticPlan<LANES>& plan, int64_t candidates) {
 }
 
 // -- mask removal ------------------------------------------------------------------------------------------------------
-
-// The words of a candidate's box: 64 columns of a row a word, aligned to the map.
-struct Words {
-  int32_t first, count;  // of a row
-
-  explicit Words(const Placed& box) : first(box.columns.begin / 64), count((box.columns.end + 63) / 64 - first) {}
-};
 
 int64_t words_of(const Placed& box) {
   return box.columns.size() > 0 && box.rows.size() > 0 ? int64_t(Words(box).count) * box.rows.size() : 0;
@@ -246,16 +234,16 @@ void fuse_pixels(const PanopticTask& t, int16_t* channels, int16_t* semantic) {
 }
 
 template <int LANES>
-void run(const Entry<LANES>& entry, const PanopticTask& task, int32_t candidates, Results& results) {
+void run(const Entry<LANES>& entry, const PanopticTask& task, int32_t candidates, PanopticLabels& labels) {
   PanopticPlan<LANES> plan{};
   plan.task = task;
-  plan.channels = results.channels.mutable_data_ptr<int16_t>();
-  plan.semantic = results.semantic.mutable_data_ptr<int16_t>();
+  plan.channels = labels.channels.mutable_data_ptr<int16_t>();
+  plan.semantic = labels.semantic.mutable_data_ptr<int16_t>();
   lay_out(plan, candidates);
   std::vector<int32_t> kept = remove_hidden(plan, entry, candidates);
   Survivors survivors = {int32_t(kept.size()), 1};
   if (kept.empty() && candidates > 0) kept = {0}, survivors = {1, 0};
-  bool* flags = results.kept.mutable_data_ptr<bool>();
+  bool* flags = labels.kept.mutable_data_ptr<bool>();
   std::fill_n(flags, candidates, false);
   for (const int32_t i : kept) flags[i] = true;
   plan.task.kept = kept.data(), plan.task.survivors = &survivors;
@@ -266,37 +254,19 @@ void run(const Entry<LANES>& entry, const PanopticTask& task, int32_t candidates
     fuse_pixels(plan.task, plan.channels, plan.semantic);
 }
 
-void run_chosen(const PanopticTask& task, int32_t candidates, Results& results) {
+void run_chosen(const PanopticTask& task, int32_t candidates, PanopticLabels& labels) {
 #if UPSNET_X86
   const Variant variant = chosen_variant();
-  if (variant == Variant::avx512) return run(entry_avx512, task, candidates, results);
-  if (variant == Variant::avx2) return run(entry_avx2, task, candidates, results);
+  if (variant == Variant::avx512) return run(entry_avx512, task, candidates, labels);
+  if (variant == Variant::avx2) return run(entry_avx2, task, candidates, labels);
 #endif
-  run(entry_generic, task, candidates, results);
-}
-
-// The last line of defence: Python checks first, with better sentences.
-void check(const Tensor& scores, int64_t height, int64_t width, const Tensor& boxes, const Tensor& classes,
-           const Tensor& masks, int64_t num_stuff) {
-  const int64_t n = boxes.size(0);
-  STD_TORCH_CHECK(scores.dim() == 3 && scores.size(1) > 0 && scores.size(2) > 0 && height > 0 && width > 0 &&
-                      num_stuff >= 0 && num_stuff <= scores.size(0) && scores.scalar_type() == ScalarType::Float,
-                  "fuse_panoptic: scores must be float32 of shape (stuff + things, h, w), and the map not empty");
-  STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4 && boxes.scalar_type() == ScalarType::Float &&
-                      classes.dim() == 1 && classes.size(0) == n && classes.scalar_type() == ScalarType::Long,
-                  "fuse_panoptic: boxes must be float32 of shape (n, 4), classes int64 of shape (n)");
-  STD_TORCH_CHECK(masks.dim() == 3 && masks.size(0) == n && masks.size(1) == masks.size(2) && masks.size(1) > 0 &&
-                      masks.scalar_type() == ScalarType::Float,
-                  "fuse_panoptic: mask_logits must be float32 of shape (n, m, m)");
-  STD_TORCH_CHECK(num_stuff + n < 32768 && scores.size(0) < 32768, "fuse_panoptic: labels are 16-bit numbers");
-  STD_TORCH_CHECK(std::max({height, width, scores.size(1), scores.size(2)}) < (1 << 24) && masks.size(1) < (1 << 12),
-                  "fuse_panoptic: the map is too large");
+  run(entry_generic, task, candidates, labels);
 }
 
 std::tuple<Tensor, Tensor, Tensor> fuse_panoptic(const Tensor& scores, int64_t height, int64_t width,
                                                  const Tensor& boxes, const Tensor& classes, const Tensor& mask_logits,
                                                  int64_t num_stuff, bool unknown) {
-  check(scores, height, width, boxes, classes, mask_logits, num_stuff);
+  check_panoptic(scores, height, width, boxes, classes, mask_logits, num_stuff);
   const int32_t candidates = int32_t(boxes.size(0)), side = int32_t(mask_logits.size(1));
   const Tensor dense_boxes = torch::stable::contiguous(boxes), dense_masks = torch::stable::contiguous(mask_logits);
   const Tensor dense_classes = torch::stable::contiguous(classes);
@@ -306,21 +276,12 @@ std::tuple<Tensor, Tensor, Tensor> fuse_panoptic(const Tensor& scores, int64_t h
   std::vector<float> masks(size_t(candidates) * side * side + max_lanes);  // a vector may read beyond the last row
   std::copy_n(dense_masks.const_data_ptr<float>(), masks.size() - max_lanes, masks.data());
 
-  const auto map_of = [&](ScalarType type, std::vector<int64_t> sizes) {
-    return torch::stable::empty(sizes, type, std::nullopt, scores.device());
-  };
-  Results results = {map_of(ScalarType::Short, {height, width}), map_of(ScalarType::Short, {height, width}),
-                     map_of(ScalarType::Bool, {candidates})};
-  PanopticTask task{};
-  task.scores = scores.const_data_ptr<float>();
-  task.channel_stride = scores.stride(0), task.row_stride = scores.stride(1), task.column_stride = scores.stride(2);
-  task.num_stuff = int32_t(num_stuff), task.num_things = int32_t(scores.size(0) - num_stuff);
-  task.score_height = int32_t(scores.size(1)), task.score_width = int32_t(scores.size(2));
-  task.height = int32_t(height), task.width = int32_t(width), task.unknown = unknown;
+  PanopticLabels labels(scores, height, width, candidates);
+  PanopticTask task = panoptic_task(scores, height, width, num_stuff, unknown);
   task.masks = masks.data(), task.side = side;
   task.placed = placed.data(), task.classes = dense_classes.const_data_ptr<int64_t>();
-  run_chosen(task, candidates, results);
-  return {results.channels, results.semantic, results.kept};
+  run_chosen(task, candidates, labels);
+  return {labels.channels, labels.semantic, labels.kept};
 }
 
 }  // namespace

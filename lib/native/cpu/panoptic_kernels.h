@@ -43,6 +43,13 @@ void append_blocks(std::vector<Block<LANES>>& blocks, int32_t from, int32_t to, 
   }
 }
 
+// The words of a candidate's box: 64 columns of a row a word, aligned to the map.
+struct Words {
+  int32_t first, count;  // of a row
+
+  explicit Words(const Placed& box) : first(box.columns.begin / 64), count((box.columns.end + 63) / 64 - first) {}
+};
+
 // Rows of the map that share their two source rows.
 struct RowGroup {
   int32_t top, rows, above, below;
@@ -155,18 +162,18 @@ struct PanopticKernel {
   static UPSNET_INLINE int64_t mask_bits(const Plan& plan, int32_t candidate, uint8_t* line, uint64_t* words) {
     const PanopticTask& t = plan.task;
     const Placed& box = t.placed[candidate];
-    const int32_t from = box.columns.begin / 64, count = (box.columns.end + 63) / 64 - from;
+    const Words of_row(box);
     int64_t area = 0;
-    __builtin_memset(line, 0, 64 * count);
-    for (int32_t y = box.rows.begin; y < box.rows.end; ++y, words += count) {
+    __builtin_memset(line, 0, 64 * of_row.count);
+    for (int32_t y = box.rows.begin; y < box.rows.end; ++y, words += of_row.count) {
       const Sample row = sample_at(y - box.top, t.side, box.height);
       for (int32_t b = plan.first_block(candidate); b * lanes < box.columns.end; ++b) {
         const Floats value = mask_values(t, candidate, row, plan.mask_block(candidate, b));
         const Ints positive = (value > 0.0f) & inside(box.columns, b) & 1;
         const Bytes flags = __builtin_convertvector(positive, Bytes);
-        __builtin_memcpy(line + b * lanes - from * 64, &flags, lanes);
+        __builtin_memcpy(line + b * lanes - of_row.first * 64, &flags, lanes);
       }
-      for (int32_t w = 0; w < count; ++w) {
+      for (int32_t w = 0; w < of_row.count; ++w) {
         words[w] = packed(line + w * 64);
         area += __builtin_popcountll(words[w]);
       }

@@ -1,8 +1,13 @@
-// The panoptic head's arithmetic for one pixel: where boxes lie, bilinear samples, the fusion itself.
+// The panoptic head: what its inputs must be, where boxes lie, bilinear samples, the fusion of one pixel.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <optional>
 
 #include "both.h"
 
@@ -75,6 +80,45 @@ UPSNET_BOTH Placed place_box(const float* box, int32_t height, int32_t width) {
   return placed;
 }
 
+// The last line of defence: Python checks first, with better sentences.
+inline void check_panoptic(const torch::stable::Tensor& scores, int64_t height, int64_t width,
+                           const torch::stable::Tensor& boxes, const torch::stable::Tensor& classes,
+                           const torch::stable::Tensor& masks, int64_t num_stuff) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(scores.dim() == 3 && scores.size(1) > 0 && scores.size(2) > 0 && height > 0 && width > 0 &&
+                      num_stuff >= 0 && num_stuff <= scores.size(0) && scores.scalar_type() == ScalarType::Float,
+                  "fuse_panoptic: scores must be float32 of shape (stuff + things, h, w), and the map not empty");
+  const int64_t n = boxes.dim() == 2 ? boxes.size(0) : 0;
+  STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4 && boxes.scalar_type() == ScalarType::Float &&
+                      classes.dim() == 1 && classes.size(0) == n && classes.scalar_type() == ScalarType::Long,
+                  "fuse_panoptic: boxes must be float32 of shape (n, 4), classes int64 of shape (n)");
+  STD_TORCH_CHECK(masks.dim() == 3 && masks.size(0) == n && masks.size(1) == masks.size(2) && masks.size(1) > 0 &&
+                      masks.scalar_type() == ScalarType::Float,
+                  "fuse_panoptic: mask_logits must be float32 of shape (n, m, m)");
+  STD_TORCH_CHECK(num_stuff + n < 32768 && scores.size(0) < 32768, "fuse_panoptic: labels are 16-bit numbers");
+  STD_TORCH_CHECK(std::max({height, width, scores.size(1), scores.size(2)}) < (1 << 24) && masks.size(1) < (1 << 12) &&
+                      height * width < (int64_t(1) << 31),
+                  "fuse_panoptic: the map is too large");
+  STD_TORCH_CHECK(boxes.device() == scores.device() && classes.device() == scores.device() &&
+                      masks.device() == scores.device(),
+                  "fuse_panoptic: all tensors must lie on one device");
+}
+
+// What the operator returns.
+struct PanopticLabels {
+  torch::stable::Tensor channels, semantic, kept;
+
+  PanopticLabels(const torch::stable::Tensor& like, int64_t height, int64_t width, int64_t candidates)
+      : channels(empty(like, {height, width}, torch::headeronly::ScalarType::Short)),
+        semantic(empty(like, {height, width}, torch::headeronly::ScalarType::Short)),
+        kept(empty(like, {candidates}, torch::headeronly::ScalarType::Bool)) {}
+
+  static torch::stable::Tensor empty(const torch::stable::Tensor& like, std::initializer_list<int64_t> sizes,
+                                     torch::headeronly::ScalarType type) {
+    return torch::stable::empty(sizes, type, std::nullopt, like.device());
+  }
+};
+
 // How many candidates take part; without masks where nothing but empty masks made the strongest one stay.
 struct Survivors {
   int32_t count, with_masks;
@@ -96,6 +140,18 @@ struct PanopticTask {
 
   UPSNET_BOTH int32_t thing_of(int32_t candidate) const { return int32_t(classes[candidate]) - 1; }
 };
+
+// What the scores say; candidates are the caller's.
+inline PanopticTask panoptic_task(const torch::stable::Tensor& scores, int64_t height, int64_t width, int64_t num_stuff,
+                                  bool unknown) {
+  PanopticTask task{};
+  task.scores = scores.const_data_ptr<float>();
+  task.channel_stride = scores.stride(0), task.row_stride = scores.stride(1), task.column_stride = scores.stride(2);
+  task.num_stuff = int32_t(num_stuff), task.num_things = int32_t(scores.size(0) - num_stuff);
+  task.score_height = int32_t(scores.size(1)), task.score_width = int32_t(scores.size(2));
+  task.height = int32_t(height), task.width = int32_t(width), task.unknown = unknown;
+  return task;
+}
 
 UPSNET_BOTH float score_at(const PanopticTask& t, int32_t channel, const Sample& row, const Sample& column) {
   const float* above = t.scores + channel * t.channel_stride + row.first * t.row_stride;
