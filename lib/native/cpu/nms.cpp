@@ -77,18 +77,28 @@ bool can_overlap(const NmsBox& box) {
   return box.x2 > box.x1 && box.area > 0 && box.area < std::numeric_limits<float>::infinity();
 }
 
+// Where boxes begin along an axis, and how wide they are.
+struct Extent {
+  float least = std::numeric_limits<float>::infinity(), most = -least, widest = 0;
+
+  void add(float begin, float end) {
+    least = std::min(least, begin), most = std::max(most, begin), widest = std::max(widest, end - begin);
+  }
+};
+
 // One axis of the layout: equal bins over the boxes' beginnings, and how far from a box its partners may begin.
 //
 // IoU > t asks of the widths v, w and the common width c: c > t * max(v, w). With c <= v - (how much later the other
 // one begins) and c <= w - (how much earlier), and w < v / t, it begins less than (1 - t) * v later and less than
 // (1 - t) / t * v earlier; and in any case less than the greatest width earlier.
 struct Axis {
-  double least = 0, bins_per_unit = 0, ahead = 1, back = 1, widest = 0;
-  int64_t bins = 1;
+  double least, bins_per_unit, ahead, back, widest;
+  int64_t bins;
 
-  Axis(float least, float most, float widest, double threshold, int64_t bins)
-      : least(least), ahead(1 - threshold), back((1 - threshold) / threshold), widest(1.0001 * widest), bins(bins) {
-    if (most > least) bins_per_unit = double(bins) / (double(most) - double(least));
+  Axis(const Extent& extent, double threshold, int64_t bins)
+      : least(extent.least), bins_per_unit(0), ahead(1 - threshold), back((1 - threshold) / threshold),
+        widest(1.0001 * extent.widest), bins(bins) {
+    if (extent.most > extent.least) bins_per_unit = double(bins) / (double(extent.most) - least);
   }
   // Monotone, also in what rounding does.
   int64_t bin(double place) const {
@@ -144,19 +154,17 @@ class Sweep {
   }
 
   void by_place(int64_t count) {
-    NmsBox least = boxes_[0], most = boxes_[0];  // of all coordinates, x2 and y2 being widths and heights
-    least.x2 = least.y2 = most.x2 = most.y2 = 0;
+    Extent along_x, along_y;
+    float area = std::numeric_limits<float>::infinity();
     for (const NmsBox& box : boxes_) {
-      least.x1 = std::min(least.x1, box.x1), most.x1 = std::max(most.x1, box.x1);
-      least.y1 = std::min(least.y1, box.y1), most.y1 = std::max(most.y1, box.y1);
-      most.x2 = std::max(most.x2, box.x2 - box.x1), most.y2 = std::max(most.y2, box.y2 - box.y1);
-      least.area = std::min(least.area, box.area);
+      along_x.add(box.x1, box.x2);
+      along_y.add(box.y1, box.y2);
+      area = std::min(area, box.area);
     }
-    const bool coarse = limit_ < least_threshold || least.area < least_area;
+    const bool coarse = limit_ < least_threshold || area < least_area;
     const double threshold = coarse ? 0 : 0.9999 * limit_;  // rounding errs by less
     const int64_t strips = std::clamp<int64_t>(count / 512, 1, 16);
-    const Axis y(least.y1, most.y1, most.y2, threshold, strips);
-    const Axis x(least.x1, most.x1, most.x2, threshold, std::max<int64_t>(count / (4 * strips), 8));
+    const Axis y(along_y, threshold, strips), x(along_x, threshold, std::max<int64_t>(count / (4 * strips), 8));
     lay_out(x, y);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t place = places_[i];
