@@ -7,12 +7,13 @@
 # DATA is in the official COCO layout, WEIGHTS a ResNet-50 in caffe's convention. Python: $PYTHON, else the active
 # environment's, else that of .venv.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if (($# != 2)); then
     echo "gpu: two arguments are wanted, a data set and a ResNet-50: benchmarks/gpu.sh DATA WEIGHTS" >&2
     exit 2
 fi
+data="$(realpath "$1")" weights="$(realpath "$2")"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-${VIRTUAL_ENV:-${CONDA_PREFIX:-.venv}}/bin/python}"
 if ! capability="$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>/dev/null)"; then
     echo "gpu: the torch of $python sees no CUDA device: run this where one is, or set PYTHON" >&2
@@ -32,6 +33,6 @@ step -m upsnet.operators
 step -m pytest -m gpu
 step benchmarks/operators.py --device cuda --out "$results/operators.md"
 for name in inference training; do
-    step "benchmarks/$name.py" --data "$1" --weights "$2" --device cuda --out "$results/$name.md"
+    step "benchmarks/$name.py" --data "$data" --weights "$weights" --device cuda --out "$results/$name.md"
 done
 exit $status

@@ -18,7 +18,9 @@ def run(*arguments):
     return subprocess.run(["bash", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("script", ["init.sh", "init_cityscapes.sh", "download_weights.sh", "benchmarks/gpu.sh", ".ci/run"])
+@pytest.mark.parametrize(
+    "script", ["init.sh", "init_cityscapes.sh", "download_weights.sh", "benchmarks/gpu.sh", ".ci/run"]
+)
 def test_scripts_are_executable_bash(script):
     assert (ROOT / script).stat().st_mode & 0o111
     assert run("-n", script).returncode == 0
