@@ -38,8 +38,29 @@ class NumpyDraws:
     def __init__(self, seed: int) -> None:
         self.state = np.random.RandomState(seed)
 
-    def choose(self, candidates: Tensor, size: int) -> Tensor:
-        return torch.from_numpy(self.state.choice(candidates.cpu().numpy(), size=size, replace=False))
+    def first(self, eligible: Tensor, size: int) -> Tensor:
+        candidates, others = np.flatnonzero(eligible), np.flatnonzero(~eligible)
+        return torch.from_numpy(np.concatenate([self.choose(candidates, size), others])[:size])
+
+    def choose(self, candidates: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+        """The first `size` of the candidates in random order, or all of them. Without candidates nothing is drawn."""
+        if len(candidates) == 0:
+            return candidates
+        return self.state.choice(candidates, size=min(size, len(candidates)), replace=False)
+
+
+class NumpyAnchorDraws(NumpyDraws):
+    """Its draws of anchors, positives first: only where there are too many, and of the positives those that go."""
+
+    positives: int | None = None
+
+    def choose(self, candidates: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+        if self.positives is not None:
+            wanted = size - self.positives
+            return super().choose(candidates, wanted) if len(candidates) > wanted else candidates
+        self.positives = min(len(candidates), size)
+        excess = len(candidates) - self.positives
+        return np.setdiff1d(candidates, super().choose(candidates, excess)) if excess else candidates
 
 
 def street_picture(label: NDArray[np.uint8]) -> NDArray[np.uint8]:

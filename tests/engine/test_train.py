@@ -129,11 +129,11 @@ def test_non_finite_loss_stops_before_the_step(value):
 def test_draws_follow_from_seed_step_image_and_flip():
     class Keeps(Toy):
         def forward(self, batch):
-            kept.extend(d.choose(torch.arange(1000), 5).tolist() for d in batch.draws)
+            kept.extend(d.first(torch.ones(1000, dtype=torch.bool), 5).tolist() for d in batch.draws)
             return super().forward(batch)
 
     expected = [
-        SeededDraws(1, step, image_id, int(batch.flipped[0])).choose(torch.arange(1000), 5).tolist()
+        SeededDraws(1, step, image_id, int(batch.flipped[0])).first(torch.ones(1000, dtype=torch.bool), 5).tolist()
         for step, batch in zip(range(10), batches(4), strict=False)
         for image_id in batch.image_ids
     ]

@@ -40,10 +40,10 @@ class Toy(nn.Module):
         if not self.training:
             return [self._predict(score, i, batch) for i, score in enumerate(scores)]
         self.seen += zip(batch.image_ids, batch.flipped, strict=True)
-        pixels = torch.arange(scores.shape[-1] * scores.shape[-2])
+        pixels = torch.ones(scores.shape[-1] * scores.shape[-2], dtype=torch.bool)
         first, second = [], []
         for score, draws in zip(scores, batch.draws, strict=True):
-            chosen = score.flatten(1)[:, draws.choose(pixels, 8)]
+            chosen = score.flatten(1)[:, draws.first(pixels, 8)]
             first.append((chosen[0] - 1).square().mean())
             second.append((chosen[1] + 1).abs().mean())
         losses = {"first_loss": torch.stack(first).mean(), "second_loss": torch.stack(second).mean()}

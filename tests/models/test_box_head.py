@@ -147,7 +147,7 @@ def test_box_losses(images):
             scores = logits[start + i].tolist()
             expected[0] -= logits[start + i].log_softmax(0)[label].item() / rois / len(images)
             expected[2] += (max(range(4), key=scores.__getitem__) == label) / rois / len(images)
-            if i < image.num_foreground:
+            if i < len(image.box_targets):
                 for ours, theirs in zip(deltas[start + i, label].tolist(), image.box_targets[i].tolist(), strict=True):
                     distance = abs(ours - theirs)
                     loss = 0.5 * distance**2 if distance < 1 else distance - 0.5

@@ -167,13 +167,13 @@ def test_sample_rois(truth, crowd, count, options, as_original):
     proposals = torch.cat([random_boxes(count - len(near), 7), near])
     is_crowd = torch.tensor([crowd == "all" or (crowd == "some" and i % 2 == 0) for i in range(len(truth))]).bool()
     given = (proposals, truth, CLASSES[: len(truth)], is_crowd, options)
-    sampled = sample_rois(*given, SeededDraws(9))
+    sampled = sample_rois(*given, SeededDraws(9)).trimmed()
     expected = twin.sample_rois(*given, SeededDraws(9))
     boxes = torch.from_numpy(np.array([box for box, _, _ in expected], dtype=np.float32).reshape(-1, 4))
     assert torch.equal(sampled.boxes, boxes)
     assert sampled.labels.tolist() == [label for _, label, _ in expected]
     foreground = [(box, truth[owner]) for box, _, owner in expected if owner is not None]
-    assert sampled.num_foreground == len(foreground)
+    assert len(sampled.box_targets) == len(foreground)
     wanted = [twin.encode_one(box, target, options.box_weights) for box, target in foreground]
     torch.testing.assert_close(sampled.box_targets, torch.tensor(wanted).reshape(-1, 4), rtol=1e-4, atol=1e-4)
     if as_original:
@@ -183,12 +183,36 @@ def test_sample_rois(truth, crowd, count, options, as_original):
         assert single[sampled.owners].tolist() == [owner for _, _, owner in expected if owner is not None]
 
 
+@BOTH
+@pytest.mark.parametrize("options", ROI_OPTIONS.values(), ids=ROI_OPTIONS)
+def test_padding_of_proposals_and_empty_slots(options, as_original):
+    options, truth = replace(options, as_original=as_original), TRUTHS["many"]
+    proposals = torch.cat([random_boxes(30, 7), truth + 2, torch.zeros(100, 4)])
+    valid = torch.arange(len(proposals)) < 42
+    given = (truth, CLASSES[: len(truth)], torch.arange(len(truth)) % 4 == 1, options)
+    padded = sample_rois(proposals, *given, SeededDraws(9), valid)
+    plain = sample_rois(proposals[:42], *given, SeededDraws(9))
+    count, slots = int((plain.labels != IGNORED).sum()), min(options.batch_size, len(truth) + len(proposals))
+    assert len(padded.labels) == len(padded.boxes) == slots and (padded.labels[count:] == IGNORED).all()
+    assert len(padded.box_targets) == min(round(options.foreground_fraction * options.batch_size), slots)
+    first, second = padded.trimmed(), plain.trimmed()
+    assert torch.equal(first.boxes, second.boxes) and torch.equal(first.labels, second.labels)
+    assert torch.equal(first.box_targets, second.box_targets)
+    assert (first.labels[len(first.box_targets) :] == 0).all() and (first.labels[: len(first.box_targets)] > 0).all()
+    known = padded.foreground()[: len(first.box_targets)]
+    assert (
+        torch.equal(known[:, :4], first.boxes[: len(known)])
+        and known[:, 4].tolist() == first.labels[: len(known)].tolist()
+    )
+    assert known[:, 5].tolist() == ([-1] * len(known) if as_original else first.owners.tolist())
+
+
 def test_a_crowd_lends_its_class_but_not_its_box_in_the_original():
     given = torch.tensor([[10.0, 10, 50, 48], [80.0, 80, 90, 90]]), torch.tensor([[10.0, 10, 50, 50]])
     classes = torch.tensor([2]), torch.tensor([True])
-    sampled = sample_rois(*given, *classes, RoISampling(as_original=True), SeededDraws(1))
+    sampled = sample_rois(*given, *classes, RoISampling(as_original=True), SeededDraws(1)).trimmed()
     assert sampled.boxes.tolist() == given[0].tolist() and sampled.labels.tolist() == [2, 0]
-    sampled = sample_rois(*given, *classes, RoISampling(), SeededDraws(1))
+    sampled = sample_rois(*given, *classes, RoISampling(), SeededDraws(1)).trimmed()
     assert sampled.boxes.tolist() == [[80, 80, 90, 90]] and sampled.labels.tolist() == [0]
 
 
@@ -196,11 +220,12 @@ def test_a_proposal_mostly_inside_a_crowd_is_not_sampled():
     truth = torch.tensor([[0.0, 0, 9, 9], [0.0, 0, 99, 9]])  # a thing inside a crowd
     proposals = torch.tensor([[0.0, 0, 9, 8], [93.0, 0, 102, 9], [94.0, 0, 103, 9]])  # 1, 0.7 and 0.6 inside it
     given = (proposals, truth, torch.tensor([1, 2]), torch.tensor([False, True]))
-    sampled = sample_rois(*given, RoISampling(), SeededDraws(1))
+    sampled = sample_rois(*given, RoISampling(), SeededDraws(1)).trimmed()
     expected = {tuple(box) for box in (*truth[:1].tolist(), *proposals[1:].tolist())}
     assert {tuple(box) for box in sampled.boxes.tolist()} == expected
     assert sampled.labels.tolist() == [1, 0, 0]
-    assert len(sample_rois(*given, RoISampling(crowd_overlap=0.65), SeededDraws(1)).boxes) == 2
+    sampled = sample_rois(*given, RoISampling(crowd_overlap=0.65), SeededDraws(1)).trimmed()
+    assert len(sampled.boxes) == 2
 
 
 def test_mask_targets_come_from_the_nearest_mask_in_the_original():

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.nn import functional as F
 
 from tests.reference import heads as twin
 from tests.syncs import count_syncs
@@ -62,6 +63,25 @@ def test_semantic_loss():
     loss = semantic_loss(scores, torch.full_like(target, VOID))
     loss.backward()
     assert loss == 0 and scores.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize(("height", "band"), [(4, 8), (32, 8), (36, 8), (68, 8), (36, 1), (36, 64)])
+def test_bands_of_the_semantic_loss(height, band, monkeypatch):
+    """Loss and gradient are those of the whole map enlarged at once, wherever the bands end."""
+    monkeypatch.setattr("upsnet.models.semantic_head.BAND", band)
+    scores = torch.randn(2, 7, height // 4, 9, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    target = random_target(height, 36)
+    enlarged = F.interpolate(scores, scale_factor=4, mode="bilinear", align_corners=False)
+    expected = torch.stack(
+        [F.cross_entropy(e[None], t[None].long(), ignore_index=VOID) for e, t in zip(enlarged, target, strict=True)]
+    ).mean()
+    (wanted,) = torch.autograd.grad(expected, scores)
+    loss = semantic_loss(scores, target)
+    (gradient,) = torch.autograd.grad(2 * loss, scores)
+    close(loss, expected, rtol=1e-6, atol=1e-6)
+    close(gradient, 2 * wanted, rtol=1e-5, atol=1e-8)
+    with torch.no_grad():
+        assert torch.equal(semantic_loss(scores, target), loss)
 
 
 BOXES = {

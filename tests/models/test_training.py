@@ -81,7 +81,7 @@ def test_accumulation_equals_one_batch(dataset, batch_size):
 def test_accumulation_with_group_norm(dataset):
     # One step: its rounding errors pass through so many norms that in the next step a sampled box may be another one;
     # with seed 7 one is drawn for which that holds in the first step already.
-    norms, options = {"norm": "group_norm", "backbone_norm": "group_norm"}, replace(OPTIONS, max_iteration=1, seed=1)
+    norms, options = {"norm": "group_norm", "backbone_norm": "group_norm"}, replace(OPTIONS, max_iteration=1, seed=3)
     whole, parts = (trained(dataset, size, options=options, **norms) for size in (4, 1))
     assert distance(whole, parts) < 1e-5
     assert distance(whole, network_of(**norms)) > 1e-3

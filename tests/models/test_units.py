@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.fixtures import CONFIGURATIONS, NumpyDraws, load_units, piece
+from tests.fixtures import CONFIGURATIONS, NumpyAnchorDraws, NumpyDraws, load_units, piece
 from upsnet.models.anchors import base_anchors, grid_anchors
 from upsnet.models.box_head import Candidates, DetectionOptions, box_losses, decode_above, suppress
 from upsnet.models.boxes import box_iou, clip, decode, encode
@@ -113,7 +113,7 @@ def anchor_labels(units: dict[str, Any]) -> tuple[list[torch.Tensor], list[torch
         torch.zeros(0, 4),
         (int(given["im_h"]), int(given["im_w"])),
         AnchorSampling(as_original=True),
-        NumpyDraws(int(given["numpy_seed"])),
+        NumpyAnchorDraws(int(given["numpy_seed"])),
     )
     counts = [len(level) for level in anchors]
     return (
@@ -146,7 +146,7 @@ def test_rpn_loss(units: dict[str, Any]) -> None:
         [torch.zeros(0, 4)],
         [(int(targets["im_h"]), int(targets["im_w"]))],
         AnchorSampling(as_original=True),
-        [NumpyDraws(int(targets["numpy_seed"]))],
+        [NumpyAnchorDraws(int(targets["numpy_seed"]))],
     )
     close(class_loss, out["cls"], rtol=1e-5, atol=0)
     close(box_loss, out["bbox"], rtol=1e-5, atol=0)
@@ -242,14 +242,14 @@ def sampled_rois(units: dict[str, Any]) -> tuple[SampledRoIs, dict[str, Any], di
         RoISampling(as_original=True),
         NumpyDraws(int(given["numpy_seed"])),
     )
-    return sampled, given, out
+    return sampled.trimmed(), given, out
 
 
 def test_sample_rois(units: dict[str, Any]) -> None:
     sampled, given, out = sampled_rois(units)
     assert torch.equal(sampled.labels, out["labels_int32"].long())
     close(sampled.boxes * float(given["scale"]), out["rois"][:, 1:], rtol=0, atol=1e-3)
-    foreground = torch.arange(sampled.num_foreground)
+    foreground = torch.arange(len(sampled.box_targets))
     targets = out["bbox_targets"].view(len(sampled.labels), -1, 4)
     near(sampled.box_targets, targets[foreground, sampled.labels[foreground]])
 
@@ -261,7 +261,7 @@ def test_mask_targets(units: dict[str, Any]) -> None:
     masks = Masks(
         [mask_from_coco(s, 1000, 1000) for s, crowd in zip(segmentations, given["is_crowd"], strict=True) if not crowd]
     )
-    count = sampled.num_foreground
+    count = len(sampled.box_targets)
     targets = mask_targets(sampled.boxes[:count], masks, 28)
     expected = out["mask_int32"].view(count, classes, 28, 28)[torch.arange(count), sampled.labels[:count]]
     assert torch.equal(targets, expected.float())
@@ -277,7 +277,7 @@ def test_rcnn_loss(units: dict[str, Any]) -> None:
     close(class_loss, out["cls"], rtol=1e-5, atol=0)
     close(box_loss, out["bbox"], rtol=1e-5, atol=0)
     near(accuracy, out["acc"])
-    count = sampled.num_foreground
+    count = len(sampled.box_targets)
     scores = np.random.RandomState(99).randn(count, classes, 28, 28).astype(np.float32)
     own = torch.from_numpy(scores)[torch.arange(count), sampled.labels[:count]]
     targets = sample_out["mask_int32"].view(count, classes, 28, 28)[torch.arange(count), sampled.labels[:count]]

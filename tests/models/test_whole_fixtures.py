@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.fixtures import NumpyDraws, street_picture
+from tests.fixtures import NumpyAnchorDraws, NumpyDraws, street_picture
 from tests.models.test_checkpoint_keys import categories_of
 from upsnet.builders import build_network, loss_weights
 from upsnet.checkpoints.released import our_name
@@ -226,18 +226,13 @@ def check_maps(file, prediction):
     assert_one_to_one(prediction.segment_map, pan[..., 0] * 256 + pan[..., 1])
 
 
-class NetworkDraws(NumpyDraws):
-    """The draws inside the original's network; without candidates it does not draw."""
-
-    def choose(self, candidates, size):
-        return super().choose(candidates, size) if len(candidates) else candidates
-
-
 def seed_anchors(file, monkeypatch):
     """The original draws anchors in its data loader, from a generator of the same seed; ours must be the same."""
 
     def seeded(anchors, truth, crowds, size, options, draws):
-        labels, targets = match_anchors(anchors, truth, crowds, size, options, NumpyDraws(int(file["in::flipped"])))
+        labels, targets = match_anchors(
+            anchors, truth, crowds, size, options, NumpyAnchorDraws(int(file["in::flipped"]))
+        )
         expected, offsets = [], []
         height, width = file["mid::rpn_cls_score"].shape[2:]
         for i, stride in enumerate((4, 8, 16, 32, 64)):
@@ -281,7 +276,7 @@ def training_step(file, network, configuration, monkeypatch, noise=None):
     """Losses, metrics, their weighted total and the norm of each gradient. noise: number of a shaken input."""
     network.zero_grad()
     batch = collate([training_sample(file)])
-    batch.draws = [NetworkDraws(int(file["in::flipped"]))]
+    batch.draws = [NumpyDraws(int(file["in::flipped"]))]
     check(file, "in::data", batch.images, 1e-6)
     if noise is not None:
         shake = torch.randn(batch.images.shape, generator=torch.Generator().manual_seed(noise))

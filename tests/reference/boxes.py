@@ -89,25 +89,24 @@ def match_anchors(anchors, truth, crowds, size, options, draws):
                 labels[i] = 1
     nearest = {i: overlaps[i].index(best[i]) for i in inside if len(truth)}
 
-    # Draws are made over positions among the inside anchors.
-    positives = [position for position, i in enumerate(inside) if labels.get(i) == 1]
-    excess = len(positives) - int(options.positive_fraction * options.batch_size)
-    if excess > 0:
-        for position in draws.choose(torch.tensor(positives), excess).tolist():
-            del labels[inside[position]]
+    positives = list(labels)
+    labels = dict.fromkeys(drawn(draws, positives, int(options.positive_fraction * options.batch_size)), 1)
     wanted = options.batch_size - len(labels)
     negatives = []
-    for position, i in enumerate(inside):
-        taken = position in positives or in_a_crowd(anchors[i].numpy(), crowds, options.crowd_overlap)
+    for i in inside:
+        taken = i in positives or in_a_crowd(anchors[i].numpy(), crowds, options.crowd_overlap)
         if best[i] < np.float32(options.negative_overlap) and (options.as_original or not taken):
-            negatives.append(position)
-    if len(negatives) > wanted:
-        negatives = draws.choose(torch.tensor(negatives), wanted).tolist()
-    elif options.as_original:
-        negatives = []
-    for position in negatives:
-        labels[inside[position]] = 0
+            negatives.append(i)
+    chosen = drawn(draws, negatives, wanted)
+    if len(negatives) > wanted or not options.as_original:
+        labels.update(dict.fromkeys(chosen, 0))
     return labels, nearest
+
+
+def drawn(draws, candidates, size):
+    """The first `size` of the candidates in random order; a choice depends on nothing but the row of candidates."""
+    row = sorted(candidates)
+    return [row[i] for i in draws.first(torch.ones(len(row), dtype=torch.bool), size).tolist()]
 
 
 def sample_rois(proposals, truth, classes, is_crowd, options, draws):
@@ -137,8 +136,7 @@ def sample_rois(proposals, truth, classes, is_crowd, options, draws):
         if options.background_low <= overlap < options.background_high:
             background.append(i)
     most = min(round(options.foreground_fraction * options.batch_size), len(foreground))
-    chosen = draws.choose(torch.tensor(foreground, dtype=torch.int64), most).tolist()
-    rest = min(options.batch_size - most, len(background))
-    others = draws.choose(torch.tensor(background, dtype=torch.int64), rest).tolist()
+    chosen = drawn(draws, foreground, most)
+    others = drawn(draws, background, options.batch_size - most)
     found = [(boxes[i], int(classes[owner[i]]), owner[i]) for i in chosen]
     return found + [(boxes[i], 0, None) for i in others]

@@ -39,15 +39,21 @@ def tensors_in(value):
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
-def test_every_tensor_moves(device):
+def test_every_map_moves_and_instances_stay_on_the_host(device):
     batch = batch_of()
     moved = tensors_in(batch.to(device))
     assert len(moved) == len(tensors_in(batch)) == 2 * (2 + 3 * 2 + 2)
-    assert {tensor.device.type for tensor in moved} == {device.type}
+    places = [tensor.device.type for tensor in moved]
+    assert places.count(device.type) == 2 * (2 + 2) and places.count("cpu") == 2 * 3 * 2
+    for on_device, view in ((batch.to(device), batch), (batch.to(device).views[0], batch.views[0])):
+        assert {each.device.type for each in tensors_in(on_device.instances)} == {"cpu"}
+        assert all(
+            torch.equal(a, b) for a, b in zip(tensors_in(on_device.instances), tensors_in(view.instances), strict=True)
+        )
     assert batch.to(device).file_names == batch.file_names
 
 
-def test_every_tensor_is_pinned(monkeypatch):
+def test_every_map_is_pinned(monkeypatch):
     pinned = []
 
     def pin(tensor):
@@ -57,7 +63,8 @@ def test_every_tensor_is_pinned(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     batch = batch_of()
     found = tensors_in(batch.pin_memory())
-    assert len(found) == 20 and {id(tensor) for tensor in found} == {id(tensor) for tensor in pinned}
+    ours, given = ({id(tensor) for tensor in tensors} for tensors in (pinned, tensors_in(batch)))
+    assert len(found) == 20 and len(ours) == 8 and {id(tensor) for tensor in found} <= ours | given
     assert all(torch.equal(a, b) for a, b in zip(found, tensors_in(batch), strict=True))
 
 

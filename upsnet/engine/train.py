@@ -3,12 +3,12 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from tqdm import tqdm
@@ -134,8 +134,9 @@ def validation_values(
         for batch in tqdm(batches, desc="validate", unit="batch", leave=False, dynamic_ncols=True):
             with autocast(device, options.precision):
                 output = network(_with_draws(batch, options.seed, VALIDATION_STEP).to(device))
-            losses.add(_numbers(output.losses), len(batch))
-            metrics.add(_numbers(output.metrics), len(batch))
+            ((batch_losses, batch_metrics),) = _numbers([output])
+            losses.add(batch_losses, len(batch))
+            metrics.add(batch_metrics, len(batch))
             images += len(batch)
     network.train()
     return StepValues(losses.values(), metrics.values(), images)
@@ -175,17 +176,16 @@ def _with_draws(batch: Batch, seed: int, step: int) -> Batch:
 def _finite_values(outputs: Sequence[TrainingOutput], batches: Sequence[Batch], iteration: int) -> StepValues:
     """Means over the step's images; stops at the first loss that is not finite."""
     losses, metrics, images = Means(), Means(), 0
-    for output, batch in zip(outputs, batches, strict=True):
-        numbers = _numbers(output.losses)
-        for name, value in numbers.items():
+    for (step_losses, step_metrics), batch in zip(_numbers(outputs), batches, strict=True):
+        for name, value in step_losses.items():
             if not math.isfinite(value):
                 ids = ", ".join(map(str, batch.image_ids))
                 raise TrainingError(
                     f"step {iteration}: {name} is {value} on image {ids}: training stops before this step; "
                     f"lower train.lr or look at this image"
                 )
-        losses.add(numbers, len(batch))
-        metrics.add(_numbers(output.metrics), len(batch))
+        losses.add(step_losses, len(batch))
+        metrics.add(step_metrics, len(batch))
         images += len(batch)
     return StepValues(losses.values(), metrics.values(), images)
 
@@ -197,9 +197,11 @@ def _detached(output: TrainingOutput) -> TrainingOutput:
     )
 
 
-def _numbers(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """All values in one transfer from the device."""
-    if not values:
-        return {}
-    numbers = torch.stack([value.detach().float() for value in values.values()]).tolist()
-    return dict(zip(values, numbers, strict=True))
+def _numbers(outputs: Sequence[TrainingOutput]) -> list[tuple[dict[str, float], dict[str, float]]]:
+    """Losses and metrics of each output, all in one transfer from the device: here the host waits for it."""
+    tensors = [value for output in outputs for value in (*output.losses.values(), *output.metrics.values())]
+    numbers = iter(torch.stack([value.detach().float() for value in tensors]).tolist())
+    return [
+        ({name: next(numbers) for name in output.losses}, {name: next(numbers) for name in output.metrics})
+        for output in outputs
+    ]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from upsnet.models.boxes import clip, decode
 from upsnet.models.layers import NormKind, make_norm, smooth_l1, zero_bias
-from upsnet.models.matching import SampledRoIs
+from upsnet.models.matching import IGNORED, SampledRoIs
 from upsnet.operators import nms_flags, pyramid_roi_align
 
 POOLED_SIZE = 7
@@ -59,16 +59,18 @@ def box_losses(logits: Tensor, deltas: Tensor, sampled: Sequence[SampledRoIs]) -
     over foreground and divided by the number of RoIs (Fast R-CNN, eq. 1-3).
 
     Args:
-        logits: R×C, deltas: R×C×4, the RoIs of all images one after another.
+        logits: R×C, deltas: R×C×4, the slots of all images one after another.
     """
     class_losses, box_losses, accuracies = [], [], []
     counts = [len(rois.labels) for rois in sampled]
     for image_logits, image_deltas, rois in zip(logits.split(counts), deltas.split(counts), sampled, strict=True):
-        count = max(len(rois.labels), 1)
-        class_losses.append(F.cross_entropy(image_logits, rois.labels, reduction="sum") / count)
-        foreground = rois.num_foreground
-        own = image_deltas[torch.arange(foreground, device=deltas.device), rois.labels[:foreground]]
-        box_losses.append(smooth_l1(own - rois.box_targets, SIGMA).sum() / count)
+        count = (rois.labels != IGNORED).sum().clamp(min=1)
+        class_loss = F.cross_entropy(image_logits, rois.labels, ignore_index=IGNORED, reduction="sum")
+        class_losses.append(class_loss / count)
+        slots = torch.arange(len(rois.box_targets), device=deltas.device)
+        classes = rois.labels[slots]
+        difference = image_deltas[slots, classes.clamp(min=0)] - rois.box_targets
+        box_losses.append(smooth_l1(difference.masked_fill(classes[:, None] <= 0, 0), SIGMA).sum() / count)
         accuracies.append((image_logits.detach().argmax(dim=1) == rois.labels).float().sum() / count)
     return torch.stack(class_losses).mean(), torch.stack(box_losses).mean(), torch.stack(accuracies).mean()
 

@@ -21,18 +21,18 @@ def widths_heights(boxes: Tensor) -> tuple[Tensor, Tensor]:
 def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
     """Intersection over union of every pair: N×4, M×4 → N×M float32.
 
-    Anchor matching compares IoUs for equality, so the rounding is part of the definition: differences are float32, the
-    + 1 and the areas float64; the areas of `others`, the sides of the intersection, the union and all that follows are
-    rounded to float32.
+    Anchor matching compares IoUs for equality, so the rounding is part of the definition: everything is float32 but
+    the areas, from the + 1 on, and the union, which are float64; the areas of `others` and the union are then rounded
+    to float32.
     """
     intersection = _intersections(boxes, others)
-    union = _areas(boxes)[:, None] + _areas(others).float().double() - intersection.double()
-    return intersection / union.float()
+    union = (_areas(boxes)[:, None] + _areas(others).float()).sub_(intersection)
+    return intersection.div_(union.float())
 
 
 def box_coverage(boxes: Tensor, regions: Tensor) -> Tensor:
     """Share of each box that lies in each region: N×4, M×4 → N×M float32, 0..1 (pycocotools' overlap with a crowd)."""
-    return _intersections(boxes, regions) / _areas(boxes).float()[:, None]
+    return _intersections(boxes, regions).div_(_areas(boxes).float()[:, None])
 
 
 def _areas(boxes: Tensor) -> Tensor:
@@ -42,14 +42,15 @@ def _areas(boxes: Tensor) -> Tensor:
 
 
 def _intersections(boxes: Tensor, others: Tensor) -> Tensor:
+    # In place: of tens of thousands of anchors and a hundred boxes each of these is a large matrix.
     width, height = (
-        (
-            torch.minimum(boxes[:, None, i + 2], others[:, i + 2]) - torch.maximum(boxes[:, None, i], others[:, i])
-        ).double()
-        + 1
+        torch.minimum(boxes[:, None, i + 2], others[:, i + 2])
+        .sub_(torch.maximum(boxes[:, None, i], others[:, i]))
+        .add_(1)
+        .clamp_(min=0)
         for i in (0, 1)
     )
-    return width.clamp(min=0).float() * height.clamp(min=0).float()
+    return width.mul_(height)
 
 
 def encode(boxes: Tensor, targets: Tensor, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:

@@ -51,39 +51,37 @@ def match_anchors(
     Returns:
         A int64 labels (1 object, 0 background, IGNORED) and A×4 offsets, meaningful where the label is 1.
     """
-    labels = torch.full((len(anchors),), IGNORED, dtype=torch.int64, device=anchors.device)
-    targets = torch.zeros_like(anchors)
-    inside = torch.nonzero(_inside(anchors, size, options.straddle)).flatten()
-    if len(inside) == 0:
-        return labels, targets
-    candidates = anchors[inside]
-    inside_labels = labels[inside]
-    best_overlap = torch.zeros(len(inside), device=anchors.device)
-    if len(truth):
-        overlaps = box_iou(candidates, truth)
+    inside = _inside(anchors, size, options.straddle)
+    positive = torch.zeros_like(inside)
+    best_overlap, targets = torch.zeros_like(anchors[:, 0]), torch.zeros_like(anchors)
+    if len(truth) and len(anchors):
+        overlaps = box_iou(anchors, truth).masked_fill_(~inside[:, None], -1)
         best_overlap, best_truth = overlaps.max(dim=1)
-        is_best = overlaps == overlaps.max(dim=0).values  # ties included
+        is_best = overlaps == overlaps.amax(dim=0)  # ties included
         if not options.as_original:
             is_best &= overlaps > 0
-        inside_labels[is_best.any(dim=1) | (best_overlap >= options.positive_overlap)] = 1
-        targets[inside] = encode(candidates, truth[best_truth])
+        positive = inside & (is_best.any(dim=1) | (best_overlap >= options.positive_overlap))
+        targets = torch.where(positive[:, None], encode(anchors, truth[best_truth]), 0.0)
 
-    is_candidate = best_overlap < options.negative_overlap
+    is_candidate = inside & (best_overlap < options.negative_overlap)
     if not options.as_original:
-        in_crowd = (box_coverage(candidates, crowds) > options.crowd_overlap).any(dim=1)
-        is_candidate &= (inside_labels == IGNORED) & ~in_crowd
-    positives = torch.nonzero(inside_labels == 1).flatten()
+        in_crowd = (box_coverage(anchors, crowds) > options.crowd_overlap).any(dim=1)
+        is_candidate &= ~positive & ~in_crowd
+    labels = torch.full((len(anchors),), IGNORED, dtype=torch.int64, device=anchors.device)
     most = int(options.positive_fraction * options.batch_size)
-    if len(positives) > most:
-        inside_labels[draws.choose(positives, len(positives) - most)] = IGNORED
-    wanted = options.batch_size - int((inside_labels == 1).sum())
-    negatives = torch.nonzero(is_candidate).flatten()
-    if len(negatives) > wanted:
-        inside_labels[draws.choose(negatives, wanted)] = 0
-    elif not options.as_original:
-        inside_labels[negatives] = 0
-    labels[inside] = inside_labels
+    num_positive = positive.sum().clamp(max=most)
+    _set_first(labels, draws.first(positive, most), num_positive, 1)
+    wanted, candidates = options.batch_size - num_positive, is_candidate.sum()
+    too_few = 0 if options.as_original else candidates
+    num_negative = torch.where(candidates > wanted, wanted, too_few)
+    _set_first(labels, draws.first(is_candidate, options.batch_size), num_negative, 0)
     return labels, targets
+
+
+def _set_first(labels: Tensor, places: Tensor, count: Tensor, label: int) -> None:
+    """Gives the label to the first `count` of these places."""
+    is_first = torch.arange(len(places), device=places.device) < count
+    labels[places] = torch.where(is_first, label, labels[places])
 
 
 def _inside(anchors: Tensor, size: tuple[int, int], straddle: float) -> Tensor:
@@ -114,9 +112,12 @@ class RoISampling:
 
 @dataclass(frozen=True, slots=True)
 class SampledRoIs:
-    """RoIs of one image for the box head, in original pixels: foreground first, then background.
+    """R slots for the RoIs of one image for the box head, in original pixels: foreground first, then background.
 
-    boxes: R×4. labels: R, 0 is background. box_targets: F×4 offsets of the F foreground RoIs.
+    Where the image gives fewer RoIs the last slots are empty; how many, only the device knows.
+
+    boxes: R×4. labels: R; 0 is background, IGNORED an empty slot.
+    box_targets: F×4 offsets of the first F slots, meaningful where the label is above 0; behind them is no foreground.
     owners: F positions among the instances that are not crowds, each RoI's own; None as in the original, where the mask
         target is looked up anew.
     """
@@ -126,13 +127,27 @@ class SampledRoIs:
     box_targets: Tensor
     owners: Tensor | None = None
 
-    @property
-    def num_foreground(self) -> int:
-        return len(self.box_targets)
+    def trimmed(self) -> "SampledRoIs":
+        """The same without empty slots; waits for the device."""
+        count, foreground = int((self.labels != IGNORED).sum()), int((self.labels > 0).sum())
+        owners = None if self.owners is None else self.owners[:foreground]
+        return SampledRoIs(self.boxes[:count], self.labels[:count], self.box_targets[:foreground], owners)
+
+    def foreground(self) -> Tensor:
+        """What the host has to know of the first F slots, as one tensor: F×6, box, label and owner (-1: None)."""
+        slots = len(self.box_targets)
+        owners = torch.full_like(self.labels[:slots], -1) if self.owners is None else self.owners
+        return torch.cat([self.boxes[:slots], self.labels[:slots, None], owners[:, None]], dim=1)
 
 
 def sample_rois(
-    proposals: Tensor, truth: Tensor, classes: Tensor, is_crowd: Tensor, options: RoISampling, draws: Draws
+    proposals: Tensor,
+    truth: Tensor,
+    classes: Tensor,
+    is_crowd: Tensor,
+    options: RoISampling,
+    draws: Draws,
+    valid: Tensor | None = None,
 ) -> SampledRoIs:
     """Draws foreground and background RoIs from the ground-truth boxes and the proposals (Fast R-CNN, section 2.3).
 
@@ -142,40 +157,47 @@ def sample_rois(
     Args:
         proposals: P×4 in original pixels.
         truth: G×4 ground-truth boxes, crowds included. classes: G, 1..C-1. is_crowd: G bool.
+        valid: P bool, False where a proposal is padding; None: all are there.
     """
-    crowds = truth[is_crowd]
-    if not options.as_original:
-        truth, classes, is_crowd = truth[~is_crowd], classes[~is_crowd], is_crowd[~is_crowd]
     boxes = torch.cat([truth, proposals])
-    best_overlap = torch.zeros(len(boxes), device=boxes.device)
-    best_truth = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
+    best_overlap, best_truth = torch.zeros_like(boxes[:, 0]), torch.zeros_like(boxes[:, 0], dtype=torch.int64)
     if len(truth):
-        best_overlap, best_truth = box_iou(boxes, truth).max(dim=1)
-        best_overlap[: len(truth)] = torch.where(is_crowd, -1.0, 1.0)
+        overlaps = box_iou(boxes, truth)
+        if not options.as_original:
+            overlaps.masked_fill_(is_crowd, 0)
+        best_overlap, best_truth = overlaps.max(dim=1)
         best_truth[: len(truth)] = torch.arange(len(truth), device=boxes.device)
-    if not options.as_original:
-        in_crowd = (box_coverage(proposals, crowds) > options.crowd_overlap).any(dim=1)
-        best_overlap[len(truth) :][in_crowd] = -1
+        best_overlap[: len(truth)] = torch.where(is_crowd, -1.0, 1.0)
+        if not options.as_original:
+            in_crowd = ((box_coverage(proposals, truth) > options.crowd_overlap) & is_crowd).any(dim=1)
+            best_overlap[len(truth) :].masked_fill_(in_crowd, -1)
+    if valid is not None:
+        best_overlap[len(truth) :].masked_fill_(~valid, -1)
 
-    foreground = torch.nonzero(best_overlap >= options.foreground_overlap).flatten()
+    is_foreground = best_overlap >= options.foreground_overlap
+    is_background = (best_overlap >= options.background_low) & (best_overlap < options.background_high)
     most = round(options.foreground_fraction * options.batch_size)
-    foreground = draws.choose(foreground, min(most, len(foreground)))
-    background = torch.nonzero(
-        (best_overlap >= options.background_low) & (best_overlap < options.background_high)
-    ).flatten()
-    background = draws.choose(background, min(options.batch_size - len(foreground), len(background)))
-
-    chosen = torch.cat([foreground, background])
-    labels = torch.zeros(len(chosen), dtype=torch.int64, device=boxes.device)
-    targets = boxes.new_zeros(0, 4)
-    if len(foreground):
-        labels[: len(foreground)] = classes[best_truth[foreground]]
-        targets = encode(boxes[foreground], truth[best_truth[foreground]], options.box_weights)
-    return SampledRoIs(boxes[chosen], labels, targets, None if options.as_original else best_truth[foreground])
+    foreground, background = draws.first(is_foreground, most), draws.first(is_background, options.batch_size)
+    slots = torch.arange(len(background), device=boxes.device)
+    num_foreground = is_foreground.sum().clamp(max=most)
+    from_foreground = slots < num_foreground
+    in_order = torch.where(from_foreground, slots, len(foreground) + slots - num_foreground)
+    chosen = torch.cat([foreground, background])[in_order]
+    labels = torch.where(slots < num_foreground + is_background.sum(), 0, IGNORED)
+    if len(truth) == 0:
+        return SampledRoIs(boxes[chosen], labels, boxes.new_zeros(0, 4), None if options.as_original else chosen[:0])
+    owners = best_truth[chosen]
+    labels = torch.where(from_foreground, classes[owners], labels)
+    front = slice(len(foreground))
+    targets = encode(boxes[chosen[front]], truth[owners[front]], options.box_weights)
+    singles = (~is_crowd).cumsum(0) - 1
+    return SampledRoIs(boxes[chosen], labels, targets, None if options.as_original else singles[owners[front]])
 
 
 def mask_targets(boxes: Tensor, masks: Masks, size: int, owners: Tensor | None = None) -> Tensor:
     """What the mask head is to see in each RoI (Mask R-CNN, section 3): F×4 boxes → F×size×size float32 in {0, 1}.
+
+    Masks are drawn by the host, so all of this is on the host.
 
     Args:
         boxes: F×4 foreground RoIs in original pixels.
@@ -183,8 +205,7 @@ def mask_targets(boxes: Tensor, masks: Masks, size: int, owners: Tensor | None =
         owners: F positions in `masks`; None: each RoI takes the mask whose own box overlaps it most, whatever the
             class, as in the original.
     """
-    corners = boxes.detach().cpu()
     if owners is None:
-        owners = box_iou(corners, torch.from_numpy(masks.bounds())).argmax(dim=1)
-    crops = masks.select(owners.tolist()).crop(corners.double().numpy(), size)
-    return torch.from_numpy(crops).to(boxes.device, torch.float32)
+        owners = box_iou(boxes, torch.from_numpy(masks.bounds())).argmax(dim=1)
+    crops = masks.select(owners.numpy().tolist()).crop(boxes.double().numpy(), size)
+    return torch.from_numpy(crops).float()

@@ -176,9 +176,10 @@ def rpn_losses(
         boxes, crowd_boxes, size, image_draws = given
         labels, targets = match_anchors(anchors, boxes, crowd_boxes, size, options, image_draws)
         logits, deltas = (torch.cat(parts) for parts in output.of_image(image))
+        # Sums over all anchors with most terms 0: how many are sampled, only the device knows.
         sampled, positive = labels != IGNORED, labels == 1
-        class_loss = F.binary_cross_entropy_with_logits(logits[sampled], labels[sampled].float(), reduction="sum")
+        class_loss = F.binary_cross_entropy_with_logits(logits, labels.float(), sampled.float(), reduction="sum")
         class_losses.append(class_loss / options.batch_size)
-        box_loss = smooth_l1(deltas[positive] - targets[positive], SIGMA).sum()
+        box_loss = smooth_l1((deltas - targets).masked_fill(~positive[:, None], 0), SIGMA).sum()
         box_losses.append(box_loss / sampled.sum().clamp(min=1))
     return torch.stack(class_losses).mean(), torch.stack(box_losses).mean()

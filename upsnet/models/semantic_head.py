@@ -1,6 +1,7 @@
 """Semantic head of UPSNet (section 3.2): deformable convolutions shared by P2..P5, then one linear classifier."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from upsnet.operators import pyramid_roi_align
 from upsnet.structures.sample import VOID
 
 ROI_SIZE = 28
+BAND, CUDA_BAND = 8, 64
+"""Rows of scores that the loss enlarges at a time: on a CPU so few that they stay in its cache."""
 
 
 class SemanticHead(nn.Module):
@@ -61,11 +64,44 @@ def semantic_loss(scores: Tensor, target: Tensor) -> Tensor:
         scores: B×S×h×w at stride 4. target: B×4h×4w semantic ids, VOID where there is none.
     """
     losses = []
-    for image_scores, image_target in zip(scores, target.long(), strict=True):
-        enlarged = F.interpolate(image_scores[None], scale_factor=4, mode="bilinear", align_corners=False)
-        total = F.cross_entropy(enlarged, image_target[None], ignore_index=VOID, reduction="sum")
+    for image_scores, image_target in zip(scores, target, strict=True):
+        total = _EnlargedCrossEntropy.apply(image_scores[None], image_target[None])
         losses.append(total / (image_target != VOID).sum().clamp(min=1))
     return torch.stack(losses).mean()
+
+
+class _EnlargedCrossEntropy(torch.autograd.Function):
+    """The sum of the cross-entropy over all pixels of scores enlarged by 4: 1×S×h×w, 1×4h×4w → scalar.
+
+    Band of rows by band, loss and gradient at once: the S×4h×4w map, hundreds of megabytes, never exists.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, target: Tensor) -> Tensor:
+        height = scores.shape[2]
+        rows = BAND if scores.device.type == "cpu" else CUDA_BAND
+        total = scores.new_zeros(())
+        gradient = torch.zeros_like(scores, memory_format=torch.contiguous_format)
+        for start in range(0, height, rows):
+            stop = min(start + rows, height)
+            # One row more on either side, where there is one: the enlargement looks at neighbours.
+            around = slice(max(start - 1, 0), min(stop + 1, height))
+            inner = slice(4 * (start - around.start), 4 * (stop - around.start))
+            band = scores[:, :, around].detach().contiguous().requires_grad_(ctx.needs_input_grad[0])
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                enlarged = F.interpolate(band, scale_factor=4, mode="bilinear", align_corners=False)[:, :, inner]
+                labels = target[:, 4 * start : 4 * stop].long()
+                loss = F.cross_entropy(enlarged, labels, ignore_index=VOID, reduction="sum")
+            if ctx.needs_input_grad[0]:
+                gradient[:, :, around] += torch.autograd.grad(loss, band)[0]
+            total += loss.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream, None
 
 
 def roi_loss(scores: Tensor, bias: Tensor, target: Tensor, boxes: Sequence[Tensor]) -> Tensor:

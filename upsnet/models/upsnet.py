@@ -33,6 +33,7 @@ from upsnet.models.rpn import RPN, ProposalOptions, RPNOutput, propose, rpn_loss
 from upsnet.models.semantic_head import SemanticHead, roi_loss, semantic_loss
 from upsnet.structures.results import Prediction, TrainingOutput
 from upsnet.structures.sample import VOID, Batch, Instances
+from upsnet.structures.transfer import Download, upload
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,15 @@ class UPSNet(nn.Module):
     # -- training ------------------------------------------------------------------------------------------------------
 
     def _losses(self, features: Features, batch: Batch) -> TrainingOutput:
-        assert batch.instances is not None and batch.semantic is not None and batch.quarter_masks is not None
-        options = self.sampling
+        """Enqueues all that needs no masks before it waits for the sampled RoIs, whose masks the host draws."""
+        assert batch.instances is not None and batch.semantic is not None
+        options, device = self.sampling, features.scores.device
+        features = replace(features, scores=features.scores.contiguous())  # the losses look at planes
         things = [instances.without_crowd() for instances in batch.instances]
-        boxes = [t.boxes * scale for t, scale in zip(things, batch.scales, strict=True)]
-        crowds = [i.boxes[i.is_crowd] * scale for i, scale in zip(batch.instances, batch.scales, strict=True)]
+        boxes = [upload(t.boxes * scale, device) for t, scale in zip(things, batch.scales, strict=True)]
+        crowds = [
+            upload(i.crowd_boxes() * scale, device) for i, scale in zip(batch.instances, batch.scales, strict=True)
+        ]
         losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
 
@@ -146,54 +151,70 @@ class UPSNet(nn.Module):
             features.rpn, boxes, crowds, batch.sizes, options.anchors, batch.draws
         )
         sampled = self._sample(features, batch)
+        foreground = Download(torch.cat([s.foreground() for s in sampled]))
         rois = _join([s.boxes * scale for s, scale in zip(sampled, batch.scales, strict=True)])
         logits, deltas = self.box_head(features.levels, rois)
         losses["cls_loss"], losses["bbox_loss"], metrics["rcnn_accuracy"] = box_losses(logits, deltas, sampled)
-        losses["mask_loss"] = self._mask_loss(features, sampled, things, batch.scales)
         losses["fcn_loss"] = semantic_loss(features.scores, batch.semantic)
         if options.with_roi_loss:
             bias = self.semantic_head.score.bias
             assert bias is not None
             losses["fcn_roi_loss"] = roi_loss(features.scores, bias, batch.semantic, boxes)
         losses["panoptic_loss"], metrics["panoptic_accuracy"] = self._panoptic_loss(features, batch, things, boxes)
+        losses["mask_loss"] = self._mask_loss(features, sampled, foreground, things, batch.scales)
         return TrainingOutput(losses, metrics)
 
     def _sample(self, features: Features, batch: Batch) -> list[SampledRoIs]:
         assert batch.instances is not None
-        options = self.sampling
+        options, device = self.sampling, features.scores.device
+        proposals = propose(features.rpn, batch.sizes, batch.scales, options.proposals)
         sampled = []
-        proposals = propose(features.rpn, batch.sizes, batch.scales, options.proposals).trimmed()
-        for boxes, scale, instances, draws in zip(proposals, batch.scales, batch.instances, batch.draws, strict=True):
-            sampled.append(
-                sample_rois(boxes / scale, instances.boxes, instances.classes, instances.is_crowd, options.rois, draws)
+        for image, (instances, draws) in enumerate(zip(batch.instances, batch.draws, strict=True)):
+            rois = sample_rois(
+                proposals.boxes[image] / batch.scales[image],
+                upload(instances.boxes, device),
+                upload(instances.classes, device),
+                upload(instances.is_crowd, device),
+                options.rois,
+                draws,
+                proposals.valid[image],
             )
+            # To ask costs nothing on the host, to compute empty slots does.
+            sampled.append(rois.trimmed() if device.type == "cpu" else rois)
         return sampled
 
     def _mask_loss(
-        self, features: Features, sampled: list[SampledRoIs], things: list[Instances], scales: list[float]
+        self,
+        features: Features,
+        sampled: list[SampledRoIs],
+        foreground: Download,
+        things: list[Instances],
+        scales: list[float],
     ) -> Tensor:
-        # A foreground RoI without any mask to learn from (its image shows a crowd and no single thing) is left out.
-        counts = [s.num_foreground if len(t) else 0 for s, t in zip(sampled, things, strict=True)]
-        size = 2 * self.mask_head.pooled_size
-        targets = [
-            mask_targets(s.boxes[:count], t.masks, size, s.owners) if count else s.boxes.new_zeros(0, size, size)
-            for s, t, count in zip(sampled, things, counts, strict=True)
-        ]
+        """foreground: `SampledRoIs.foreground` of all images."""
+        size, counts, targets = 2 * self.mask_head.pooled_size, [], []
+        slots = foreground.wait().split([len(s.box_targets) for s in sampled])
+        for of_image, s, t in zip(slots, sampled, things, strict=True):
+            # A RoI without any mask to learn from (its image shows a crowd and no single thing) is left out.
+            count = int((of_image[:, 4].numpy() > 0).sum()) if len(t) else 0
+            owners = None if s.owners is None else of_image[:count, 5].long()
+            counts.append(count)
+            crops = mask_targets(of_image[:count, :4], t.masks, size, owners) if count else torch.zeros(0, size, size)
+            targets.append(crops)
         rois = _join([s.boxes[:n] * scale for s, n, scale in zip(sampled, counts, scales, strict=True)])
         classes = torch.cat([s.labels[:n] for s, n in zip(sampled, counts, strict=True)])
-        return mask_loss(self.mask_head(features.levels, rois, classes), torch.cat(targets), counts)
+        logits = self.mask_head(features.levels, rois, classes)
+        return mask_loss(logits, upload(torch.cat(targets), logits.device), counts)
 
     def _panoptic_loss(
         self, features: Features, batch: Batch, things: list[Instances], boxes: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         assert batch.semantic is not None and batch.quarter_masks is not None
-        fraction = self.sampling.keep_fraction
-        kept = [
-            keep_instances(len(t), fraction, draws).to(features.scores.device)
-            for t, draws in zip(things, batch.draws, strict=True)
-        ]
+        fraction, device = self.sampling.keep_fraction, features.scores.device
+        on_host = [keep_instances(len(t), fraction, draws) for t, draws in zip(things, batch.draws, strict=True)]
+        kept = [upload(k, device) for k in on_host]
         kept_boxes = [b[k] for b, k in zip(boxes, kept, strict=True)]
-        kept_classes = [t.classes[k] for t, k in zip(things, kept, strict=True)]
+        kept_classes = [upload(t.classes[k], device) for t, k in zip(things, on_host, strict=True)]
         mask_logits = self.mask_head(features.levels, _join(kept_boxes), torch.cat(kept_classes))
         losses, accuracies = [], []
         for image, logits in enumerate(mask_logits.split([len(k) for k in kept])):

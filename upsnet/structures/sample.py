@@ -7,11 +7,13 @@ photo; images and maps are at network scale (photo × `scale`).
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from upsnet.structures.draws import Draws
 from upsnet.structures.masks import Masks
+from upsnet.structures.transfer import upload
 
 VOID = -1
 """Label of pixels without a class in every semantic map; losses and scores leave them out."""
@@ -19,7 +21,7 @@ VOID = -1
 
 @dataclass(slots=True)
 class Instances:
-    """The ground-truth things of one photo, in original pixels.
+    """The ground-truth things of one photo, in original pixels. They stay on the host, see `Batch.to`.
 
     boxes: N×4 float32. classes: N int64, 1..C-1. is_crowd: N bool. masks: N masks.
     """
@@ -32,14 +34,15 @@ class Instances:
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> "Instances":
-        """The instances with each tensor changed, to another device, say; masks stay where they are."""
-        return replace(self, boxes=change(self.boxes), classes=change(self.classes), is_crowd=change(self.is_crowd))
-
     def without_crowd(self) -> "Instances":
         """The instances that are single things, in the same order."""
-        keep = torch.nonzero(~self.is_crowd).flatten()
-        return Instances(self.boxes[keep], self.classes[keep], self.is_crowd[keep], self.masks.select(keep.tolist()))
+        places = np.flatnonzero(~self.is_crowd.numpy())
+        keep = torch.from_numpy(places)
+        return Instances(self.boxes[keep], self.classes[keep], self.is_crowd[keep], self.masks.select(places.tolist()))
+
+    def crowd_boxes(self) -> Tensor:
+        """K×4 boxes of the groups of things."""
+        return self.boxes[torch.from_numpy(np.flatnonzero(self.is_crowd.numpy()))]
 
 
 @dataclass(slots=True)
@@ -105,11 +108,14 @@ class Batch:
         return len(self.image_ids)
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch with all its tensors on the device. From pinned memory a GPU takes them while the host goes on."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+        """The batch with its maps on the device; the host does not wait for them.
+
+        Instances stay on the host, where their number and places are known without asking.
+        """
+        return self._each(lambda tensor: upload(tensor, device))
 
     def pin_memory(self) -> "Batch":
-        """The batch in pinned memory; torch's data loaders call it by this name."""
+        """The batch with its maps in pinned memory; torch's data loaders call it by this name."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
@@ -117,7 +123,6 @@ class Batch:
             self,
             images=change(self.images),
             semantic=None if self.semantic is None else change(self.semantic),
-            instances=None if self.instances is None else [each.each(change) for each in self.instances],
             quarter_masks=None if self.quarter_masks is None else [change(masks) for masks in self.quarter_masks],
             views=[view._each(change) for view in self.views],
         )
