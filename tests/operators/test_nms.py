@@ -71,7 +71,7 @@ def test_same_as_loops_and_torchvision(count, threshold, whole, variant):
         assert ours.tolist() == twin(boxes.numpy(), scores.numpy(), threshold)
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.05, 0.5, 0.7, 0.95])
+@pytest.mark.parametrize("threshold", [0.0, 0.05, 0.5, 0.7, 0.95, 1.5, INF])
 @pytest.mark.parametrize("count", [127, 128, 129, 1000, 2500])
 def test_boxes_of_all_sizes(count, threshold, variant):
     boxes, scores = proposals(count)

@@ -133,7 +133,7 @@ class Sweep {
     const int64_t count = members_.size();
     std::fill_n(removed_.begin(), count + block, uint8_t(0));
     if (count < 2) return;
-    if (limit_ >= 0 && count >= few)
+    if (limit_ >= 0 && limit_ <= 1 && count >= few)
       by_place(count);
     else
       one_by_one(count);
