@@ -322,6 +322,7 @@ def test_operator_checks_of_torch(memory_format):
         ({"features": [torch.zeros(2, 3, 8, 8), torch.zeros(2, 4, 4, 4)]}, r"features\[1\]"),
         ({"features": [torch.zeros(2, 3, 8, 8), torch.zeros(1, 3, 4, 4)]}, r"features\[1\]"),
         ({"features": [torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 4, 4).double()]}, r"features\[1\]"),
+        ({"features": [torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 4, 0)]}, r"features\[1\]"),
         ({"rois": torch.zeros(3, 4)}, "rois"),
         ({"rois": torch.zeros(5)}, "rois"),
         ({"output_size": 0}, "output_size"),

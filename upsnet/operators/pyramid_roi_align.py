@@ -82,6 +82,8 @@ def _check(features: Sequence[Tensor], rois: Tensor, output_size: int) -> None:
                 f"pyramid_roi_align: features[{level}] has shape {tuple(feature.shape)}, four dimensions and the "
                 "images and channels of features[0] are expected"
             )
+        if 0 in feature.shape[2:]:
+            raise ValueError(f"pyramid_roi_align: features[{level}] has shape {tuple(feature.shape)}, without a pixel")
         if feature.dtype != features[0].dtype:
             raise ValueError(f"pyramid_roi_align: features[{level}] is {feature.dtype}, not {features[0].dtype}")
     if rois.dim() != 2 or rois.shape[1] != 5:
