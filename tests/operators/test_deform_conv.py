@@ -185,6 +185,20 @@ def test_output_gradient_in_any_layout():
     assert torch.equal(gradient(lambda g: torch.ones(()).expand(g.shape)), ones)  # strides 0, as sum() gives
 
 
+@pytest.mark.parametrize("below", [1e-7, 1e-6, 4e-6])
+def test_offsets_just_below_an_integer(below):
+    """The first row that a part of the backward reaches must be the one it writes: sums as y + 1 round up at y = 64."""
+    draw = torch.Generator().manual_seed(0)
+    input = torch.randn(1, 16, 104, 152, generator=draw).requires_grad_()
+    offset, weight = torch.full((1, 18, 104, 152), -below), torch.randn(16, 16, 3, 3, generator=draw)
+    upstream = torch.randn(1, 16, 104, 152, generator=draw)
+    ours, theirs = (
+        torch.autograd.grad(operator(input, offset, weight, padding=1), input, upstream)[0]
+        for operator in (deform_conv2d, torchvision.ops.deform_conv2d)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_empty_batch():
     arguments, options = make_case(SHAPES[0])
     arguments = {**arguments, "input": arguments["input"][:0], "offset": arguments["offset"][:0]}

@@ -67,7 +67,7 @@ std::pair<int64_t, int64_t> reached_rows(const Deform<T, T>& d, const Tile& area
       const T offset = d.offset[place.at(d.offset_strides, 2 * i)];
       const T y = T(place.row * d.stride_h + Tap::of(d, i % d.taps(), 0).y) + offset;
       if (!(y >= T(-1) && y < T(d.height))) continue;
-      const int64_t top = int64_t(y + 1) - 1;  // floor, as y + 1 >= 0
+      const int64_t cut = int64_t(y), top = cut - (T(cut) > y);  // floor; y + 1 would round up just below an integer
       first = std::min(first, place.image * d.height + std::max<int64_t>(top, 0));
       last = std::max(last, place.image * d.height + std::min(top + 2, d.height));
     }
