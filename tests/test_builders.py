@@ -10,6 +10,7 @@ from tests.config.test_recipes import EXPECTED
 from tests.miniature import write_miniature
 from upsnet import builders
 from upsnet.config import load_recipe
+from upsnet.models.dense import CompiledDense
 from upsnet.models.layers import DeformConv2d, FrozenBatchNorm2d
 from upsnet.structures.categories import Categories, Category
 from upsnet.structures.class_tables import class_table
@@ -160,6 +161,22 @@ def test_the_coco_recipe_makes_the_network_of_the_paper():
     assert network.backbone.freeze_at == 2 and network.fpn.global_average is not None
     assert (network.box_head.class_logits.out_features, network.semantic_head.score.out_channels) == (81, 133)
     assert round(sum(p.numel() for p in network.parameters()) / 1e6) == 46
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_form_in_which_a_network_is_tested(precision, dtype):
+    recipe = recipe_with(f"test.precision={precision}")
+    network = builders.build_network(recipe, CATEGORIES)
+    prepared = builders.prepare_for_test(recipe, network)
+    assert not prepared.training and not any(isinstance(m, nn.BatchNorm2d) for m in prepared.modules())
+    assert prepared.rpn.conv.weight.dtype == dtype and "features" not in vars(prepared)
+
+
+def test_the_dense_part_is_compiled_or_recorded_on_request(caplog):
+    recipe = recipe_with("test.compile=true", "test.cuda_graph=true")
+    prepared = builders.prepare_for_test(recipe, builders.build_network(recipe, CATEGORIES))
+    assert isinstance(vars(prepared)["features"], CompiledDense)
+    assert [r.getMessage()[:16] for r in caplog.records] == ["test.cuda_graph:"]
 
 
 def test_options_of_the_training_loop():

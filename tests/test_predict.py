@@ -206,6 +206,70 @@ def test_photos_of_other_kinds(predictor, photos, tmp_path, mode, name):
     assert of_file.segment_map.shape == (48, 64)
 
 
+def test_only_what_is_asked_for(predictor, photos, tmp_path):
+    whole = predictor.predict(photos[0])
+    panoptic, instances = (predictor.predict(photos[0], outputs=(name,)) for name in ("panoptic", "instances"))
+    assert panoptic.instances is None and panoptic.semantic_map is None
+    assert np.array_equal(panoptic.segment_map, whole.segment_map) and panoptic.segments == whole.segments
+    panoptic.save(tmp_path / "panoptic")
+    assert panoptic.draw().shape[2] == 3
+    assert instances.segment_map is None and np.array_equal(instances.instances.boxes, whole.instances.boxes)
+    sentence = r"no panoptic map: ask for it, predict\(photo, outputs=\('panoptic', ...\)\)"
+    for use in (instances.draw, lambda: instances.save(tmp_path / "lost"), lambda: instances.segments):
+        with pytest.raises(DataError, match=sentence):
+            use()
+    assert {path.name for path in tmp_path.iterdir()} == {"panoptic.png", "panoptic.json"}
+    both = predictor.predict([photos[0], photos[1]], outputs=["semantic", "panoptic"])
+    assert np.array_equal(both[0].semantic_map, whole.semantic_map) and both[1].instances is None
+    assert predictor.predict(photos[0], outputs="semantic").segment_map is None
+
+
+@pytest.mark.parametrize("outputs", [("panoptic", "boxes"), ("Panoptic",), (), "boxes", ("panoptic", "")], ids=str)
+def test_unknown_outputs_are_refused(predictor, photos, outputs):
+    with pytest.raises(
+        DataError, match=r"outputs: '(boxes|Panoptic|nothing|)' is none of instances, panoptic, semantic"
+    ):
+        predictor.predict(photos[0], outputs=outputs)
+
+
+def test_weights_that_are_loaded_later_count(tiny_run, photos):
+    predictor = upsnet.load(tiny_run.recipe, weights=tiny_run.weights, device="cpu")
+    state = {name: value.clone() for name, value in predictor.model.state_dict().items()}
+    before = predictor.predict(photos[0])
+    assert predictor.prepared is predictor.prepared, "made once"
+    sky = predictor.model.semantic_head.score.bias[1]
+    with torch.no_grad():
+        sky += 100
+        predictor.model.backbone.res2[0].conv1.weight.zero_()
+    changed = predictor.predict(photos[0])
+    assert (changed.semantic_map == 1).all() and not (before.semantic_map == 1).all()
+    predictor.model.load_state_dict(state)
+    assert same(predictor.predict(photos[0]), before)
+
+
+def test_the_model_keeps_its_names_and_can_be_trained(tiny_run, photos):
+    predictor = upsnet.load(tiny_run.recipe, weights=tiny_run.weights, device="cpu")
+    predictor.predict(photos[0])
+    trained = torch.load(tiny_run.weights, weights_only=True)["weights"]
+    state = predictor.model.state_dict()
+    assert trained.keys() == state.keys() and all(torch.equal(trained[name], state[name]) for name in state)
+    assert any(parameter.requires_grad for parameter in predictor.model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_precision(tiny_run, predictor, photos, precision):
+    other = upsnet.load(tiny_run.recipe, tiny_run.weights, "cpu", {"test.precision": precision})
+    other.model.load_state_dict(predictor.model.state_dict())
+    is_half = precision == "bf16"
+    assert other.prepared.backbone.stem.conv.weight.dtype == (torch.bfloat16 if is_half else torch.float32)
+    assert other.model.backbone.stem.conv.weight.dtype == torch.float32
+    agreement = [
+        (a.semantic_map == b.semantic_map).mean()
+        for a, b in zip(other.predict(photos), predictor.predict(photos), strict=True)
+    ]
+    assert np.mean(agreement) > (0.97 if is_half else 0.9999)
+
+
 @pytest.mark.parametrize(
     "photo, fragment",
     [

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from torch import nn
 
 from upsnet import builders
 from upsnet.checkpoints.files import WeightFile, read_weights
@@ -19,16 +18,17 @@ from upsnet.config import Recipe, load_recipe
 from upsnet.dataset.batches import collate
 from upsnet.dataset.views import Views
 from upsnet.engine.inference_loop import predict_batches
-from upsnet.engine.precision import Precision
+from upsnet.engine.precision import DTYPES, Precision
 from upsnet.evaluation.coco_files import panoptic_record
 from upsnet.evaluation.json_files import write_json
+from upsnet.models.inference import prepare
 from upsnet.models.upsnet import UPSNet
 from upsnet.structures.categories import Categories
 from upsnet.structures.class_tables import class_table
 from upsnet.structures.errors import DataError, RecipeError
 from upsnet.structures.panoptic_png import id_to_rgb
 from upsnet.structures.pictures import read_photo, write_png
-from upsnet.structures.results import Detections, Prediction, Segment
+from upsnet.structures.results import OUTPUTS, Detections, Output, Prediction, Segment
 from upsnet.visualize import draw_panoptic
 
 logger = logging.getLogger("upsnet")
@@ -55,24 +55,28 @@ class ResultSegment:
 
 
 class PanopticResult:
-    """The network's answer for one photo, at the photo's size.
+    """The network's answer for one photo, at the photo's size. A part that was not asked for is None.
 
     segment_map: H×W int32, ids of `segments`, 0 = no label. instances: detections of the instance head.
     semantic_map: H×W int16, positions in `categories`.
     """
 
     def __init__(self, photo: Picture, prediction: Prediction, categories: Categories) -> None:
-        assert prediction.segment_map is not None
         self.photo = photo
         self.categories = categories
-        self.segment_map: NDArray[np.int32] = prediction.segment_map
+        self.segment_map: NDArray[np.int32] | None = prediction.segment_map
         self.instances: Detections | None = prediction.instances
         self.semantic_map: NDArray[np.int16] | None = prediction.semantic_map
         self._prediction = prediction
 
     @property
     def segments(self) -> list[ResultSegment]:
-        """The segments of the map: stuff first, then things."""
+        """The segments of the map: stuff first, then things.
+
+        Raises:
+            DataError: the panoptic map was not asked for.
+        """
+        self._panoptic_map()
         return [self._describe(segment) for segment in self._prediction.segments]
 
     def _describe(self, segment: Segment) -> ResultSegment:
@@ -81,23 +85,34 @@ class PanopticResult:
             segment.id, category.id, category.name, category.is_thing, segment.score, segment.area, segment.bbox
         )
 
+    def _panoptic_map(self) -> NDArray[np.int32]:
+        if self.segment_map is None:
+            raise DataError("this result has no panoptic map: ask for it, predict(photo, outputs=('panoptic', ...))")
+        return self.segment_map
+
     def draw(self, alpha: float = 0.5, names: bool = True) -> Picture:
-        """The photo with coloured, outlined and named segments, uint8 RGB; small photos are drawn enlarged."""
+        """The photo with coloured, outlined and named segments, uint8 RGB; small photos are drawn enlarged.
+
+        Raises:
+            DataError: the panoptic map was not asked for.
+        """
         segments = self._prediction.segments
-        return draw_panoptic(self.photo, self.segment_map, segments, self.categories, alpha=alpha, names=names)
+        return draw_panoptic(self.photo, self._panoptic_map(), segments, self.categories, alpha=alpha, names=names)
 
     def save(self, path: str | Path) -> None:
         """Writes `path.png` and `path.json` in the COCO panoptic format (the PNG lies beside the json).
 
         Raises:
+            DataError: the panoptic map was not asked for.
             PlaceError: they cannot be written.
         """
+        segment_map = self._panoptic_map()
         stem = Path(path)
         png = stem.with_name(f"{stem.name}.png")
-        height, width = self.segment_map.shape
+        height, width = segment_map.shape
         image = {"id": 1, "file_name": self._prediction.file_name or png.name, "height": height, "width": width}
         record = panoptic_record(self._prediction, png.name, self.categories)
-        write_png(png, id_to_rgb(self.segment_map))
+        write_png(png, id_to_rgb(segment_map))
         write_json(
             stem.with_name(f"{stem.name}.json"),
             {
@@ -109,42 +124,64 @@ class PanopticResult:
 
 
 class Predictor:
-    """A network with what it takes to feed it photos."""
+    """A network with what it takes to feed it photos.
+
+    model: the network with its weights by their names. What predicts is a form of it that is made at the first photo,
+    and anew when weights have been loaded or changed in place (not through `.data`, which nobody sees).
+    """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: UPSNet,
         categories: Categories,
         views: Views,
         precision: Precision = "fp32",
         batch_size: int = 1,
+        compiled: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
         self.model = model
         self.categories = categories
         self._views, self._precision, self._batch_size = views, precision, batch_size
+        self._on_request = compiled, cuda_graph
+        self._prepared: tuple[list[tuple[int, int]], UPSNet] | None = None
+
+    @property
+    def prepared(self) -> UPSNet:
+        """What predicts: the model's weights in a form for prediction alone."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        if self._prepared is None or self._prepared[0] != state:
+            self._prepared = state, prepare(self.model.eval(), DTYPES[self._precision], *self._on_request)
+        return self._prepared[1]
 
     @overload
-    def predict(self, photos: Photo) -> PanopticResult: ...
+    def predict(self, photos: Photo, outputs: Sequence[str] = ...) -> PanopticResult: ...
 
     @overload
-    def predict(self, photos: list[Photo]) -> list[PanopticResult]: ...
+    def predict(self, photos: list[Photo], outputs: Sequence[str] = ...) -> list[PanopticResult]: ...
 
-    def predict(self, photos: Photo | list[Photo]) -> PanopticResult | list[PanopticResult]:
+    def predict(
+        self, photos: Photo | list[Photo], outputs: Sequence[str] = ("panoptic", "instances", "semantic")
+    ) -> PanopticResult | list[PanopticResult]:
         """The panoptic result of a photo, or of each in a list.
 
         Only photos of equal padded sizes share a pass, so a list gives what one photo at a time gives.
 
         Args:
             photos: path, PIL image (both turned as EXIF says) or H×W×3 uint8 RGB array; or a list of these.
+            outputs: what is wanted, of "panoptic" (the map and its segments), "instances" and "semantic"; nothing is
+                computed for the others.
 
         Raises:
-            DataError: a file is no photo, an array has another shape or type.
+            DataError: a file is no photo, an array has another shape or type, an output is unknown.
         """
+        wanted = _known_outputs(outputs)
         if isinstance(photos, list):
-            return self._predict_all(photos)
-        return self._predict_all([photos])[0]
+            return self._predict_all(photos, wanted)
+        return self._predict_all([photos], wanted)[0]
 
-    def _predict_all(self, photos: Sequence[Photo]) -> list[PanopticResult]:
+    def _predict_all(self, photos: Sequence[Photo], outputs: frozenset[Output]) -> list[PanopticResult]:
         pictures = [_to_picture(photo) for photo in photos]
         names = [Path(photo).name if isinstance(photo, str | Path) else "" for photo in photos]
         groups: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
@@ -156,10 +193,20 @@ class Predictor:
         parts = [g[k : k + self._batch_size] for g in groups.values() for k in range(0, len(g), self._batch_size)]
         batches = (collate([self._views.sample(pictures[i], i, names[i]) for i in part]) for part in parts)
         results: dict[int, PanopticResult] = {}
-        for prediction in predict_batches(self.model, batches, self._precision):
+        for prediction in predict_batches(self.prepared, batches, self._precision, outputs):
             i = prediction.image_id
             results[i] = PanopticResult(pictures[i], prediction, self.categories)
         return [results[i] for i in range(len(pictures))]
+
+
+def _known_outputs(names: Sequence[str]) -> frozenset[Output]:
+    """The outputs of these names, of which there must be one at least."""
+    given = [names] if isinstance(names, str) else list(names)
+    known = frozenset(output for output in OUTPUTS if output in given)
+    if not given or len(known) < len(set(given)):
+        unknown = [name for name in given if name not in OUTPUTS]
+        raise DataError(f"outputs: {unknown[0] if unknown else 'nothing'!r} is none of {', '.join(sorted(OUTPUTS))}")
+    return known
 
 
 def _to_picture(photo: Photo) -> Picture:
@@ -213,7 +260,16 @@ def load_predictor(recipe: Recipe, weights: Path | None = None, device: torch.de
     else:
         builders.load_trained(recipe, network, file, categories)
     network.to(device).eval()
-    return Predictor(network, categories, builders.test_views(recipe), recipe.test.precision, recipe.test.batch_size)
+    test = recipe.test
+    return Predictor(
+        network,
+        categories,
+        builders.test_views(recipe),
+        test.precision,
+        test.batch_size,
+        test.compile,
+        test.cuda_graph,
+    )
 
 
 def _start_untrained(recipe: Recipe, network: UPSNet, categories: Categories) -> None:

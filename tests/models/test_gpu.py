@@ -8,10 +8,13 @@ import torch
 
 from tests.models.small import LOSSES, SAMPLES, small_network, training_batch
 from tests.models.test_batches import samples_of
+from tests.models.test_inference import tensors_of
 from upsnet.dataset.batches import collate
 from upsnet.engine.optimizer import build_optimizer
 from upsnet.engine.options import LoopOptions
+from upsnet.engine.precision import DTYPES, autocast
 from upsnet.engine.train import train
+from upsnet.models.inference import prepare
 
 pytestmark = [
     pytest.mark.gpu,
@@ -108,3 +111,29 @@ def test_autocast(dtype):
     with torch.inference_mode(), torch.autocast("cuda", dtype=dtype):
         predictions = network.eval()(batch)
     assert all(p.segment_map.shape == (48, 64) for p in predictions)
+
+
+@torch.inference_mode()
+def test_graphs_of_the_dense_part():
+    network, samples = small_network(seed=1, lively=True).eval().to(CUDA), samples_of(3)
+    recorded, plain = prepare(network, cuda_graph=True), prepare(network)
+    batches = [collate([sample]).to(CUDA) for sample in samples]
+    for batch in [*batches, *batches]:  # the first pass is plain, the second records, the others replay
+        found, expected = recorded.features(batch.images), plain.features(batch.images)
+        for ours, theirs in zip(tensors_of(found), tensors_of(expected), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * max(float(theirs.abs().max()), 1.0))
+    kept = recorded.features(batches[0].images)
+    before = [tensor.clone() for tensor in tensors_of(kept)]
+    recorded.features(batches[1].images)
+    assert all(torch.equal(a, b) for a, b in zip(tensors_of(kept), before, strict=True)), "a pass keeps its results"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_prepared_networks(precision):
+    network, batch = small_network(seed=1, lively=True).eval(), collate(samples_of(4))
+    expected = network(batch)
+    with autocast(CUDA, precision):
+        found = prepare(network.to(CUDA), DTYPES[precision])(batch.to(CUDA))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.mean(ours.semantic_map == theirs.semantic_map) > (0.99 if precision == "fp32" else 0.97)

@@ -10,7 +10,7 @@ from upsnet.builders.data import (
     training_transform,
 )
 from upsnet.builders.evaluation import build_evaluators
-from upsnet.builders.network import build_network, choose_device, device_name
+from upsnet.builders.network import build_network, choose_device, device_name, prepare_for_test
 from upsnet.builders.submission import no_submission, write_submission
 from upsnet.builders.training import ROI_LOSS_SHARE, accumulation, build_optimizer_of, engine_options, loss_weights
 from upsnet.builders.weights import fit, load_trained, start_from_pretrained
@@ -33,6 +33,7 @@ __all__ = [
     "load_trained",
     "loss_weights",
     "no_submission",
+    "prepare_for_test",
     "start_from_pretrained",
     "test_views",
     "training_transform",

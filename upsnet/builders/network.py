@@ -3,8 +3,10 @@
 import torch
 
 from upsnet.config import Recipe, TestOptions, TrainOptions
+from upsnet.engine.precision import DTYPES
 from upsnet.models.box_head import BoxHead, DetectionOptions
 from upsnet.models.fpn import FPN
+from upsnet.models.inference import prepare
 from upsnet.models.layers import NormKind
 from upsnet.models.mask_head import MaskHead
 from upsnet.models.matching import AnchorSampling, RoISampling
@@ -91,6 +93,12 @@ def build_network(recipe: Recipe, categories: Categories) -> UPSNet:
     # Convolutions and the deformable layers are fastest with the channels innermost; weights laid out so pull the maps
     # along.
     return built.to(memory_format=torch.channels_last)
+
+
+def prepare_for_test(recipe: Recipe, network: UPSNet) -> UPSNet:
+    """The network in the form in which the recipe's test runs it; see `upsnet.models.inference.prepare`."""
+    test = recipe.test
+    return prepare(network.eval(), DTYPES[test.precision], test.compile, test.cuda_graph)
 
 
 def _depth(recipe: Recipe) -> int:

@@ -36,7 +36,7 @@ def predict(recipe: Recipe, weights: Path, photos: Sequence[Path], out: Path) ->
         predictor = load_predictor(recipe, weights, device)
         say_where(device)
         for photo in tqdm(photos, "predict", unit="photo"):
-            result = predictor.predict(photo)
+            result = predictor.predict(photo, outputs=("panoptic",))
             result.save(out / photo.stem)
             write_png(out / f"{photo.stem}_drawn.png", result.draw())
     print(f"{len(photos)} results in {out}")

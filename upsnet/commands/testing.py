@@ -20,7 +20,7 @@ from upsnet.evaluation.result_files import ResultWriter, read_results, write_sum
 from upsnet.evaluation.tables import summary_tables
 from upsnet.structures.errors import DataError
 from upsnet.structures.pictures import write_png
-from upsnet.structures.results import Prediction
+from upsnet.structures.results import OUTPUTS, Output, Prediction
 from upsnet.visualize import draw_panoptic
 
 logger = logging.getLogger("upsnet")
@@ -53,7 +53,8 @@ def test(recipe: Recipe, weights: Path | None = None, eval_only: bool = False) -
         if eval_only:
             predictions: Iterable[Prediction] = read_results(folder, dataset.categories)
         else:
-            predictions = _fresh_predictions(recipe, dataset, weights or paths.default_weights(recipe))
+            outputs: frozenset[Output] = frozenset({"panoptic"}) if recipe.test.vis_mask else OUTPUTS
+            predictions = _fresh_predictions(recipe, dataset, weights or paths.default_weights(recipe), outputs)
         if recipe.test.vis_mask:
             run_test(predictions, dataset.image_ids.tolist(), writer=_PictureWriter(folder / "vis", dataset))
             return {}
@@ -73,7 +74,9 @@ def test(recipe: Recipe, weights: Path | None = None, eval_only: bool = False) -
         return summary
 
 
-def _fresh_predictions(recipe: Recipe, dataset: CocoPanoptic, weights: Path) -> Iterator[Prediction]:
+def _fresh_predictions(
+    recipe: Recipe, dataset: CocoPanoptic, weights: Path, outputs: frozenset[Output]
+) -> Iterator[Prediction]:
     device = builders.choose_device(recipe)
     network = builders.build_network(recipe, dataset.categories)
     builders.load_trained(recipe, network, read_weights(weights), dataset.categories)
@@ -81,7 +84,8 @@ def _fresh_predictions(recipe: Recipe, dataset: CocoPanoptic, weights: Path) -> 
     logger.info("testing %s on %d images of %s", weights, dataset.num_photos, recipe.dataset.dataset_path)
     _say_views(recipe, dataset)
     loader = builders.build_test_loader(recipe, dataset)
-    return predict_batches(network.to(device), loader, recipe.test.precision)
+    prepared = builders.prepare_for_test(recipe, network.to(device))
+    return predict_batches(prepared, loader, recipe.test.precision, outputs)
 
 
 def _say_views(recipe: Recipe, dataset: CocoPanoptic) -> None:

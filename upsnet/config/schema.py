@@ -293,6 +293,13 @@ class TestOptions(_Options):
     max_size: Count = Field(1333, description="upper limit of the long side in pixels, at every scale")
     batch_size: Count = Field(1, description="images for each pass; only images of equal padded size share a pass")
     precision: Precision = Field("fp32", description="arithmetic of the network in testing")
+    compile: bool = Field(
+        False,
+        description="`torch.compile` of all that comes before the regions; it takes minutes first, and a C++ compiler",
+    )
+    cuda_graph: bool = Field(
+        False, description="the same part is recorded as a CUDA graph for image sizes that come again; CUDA only"
+    )
     rpn_nms_thresh: Fraction = Field(0.7, description="NMS threshold of the proposals")
     rpn_pre_nms_top_n: Count = Field(1000, description="proposals of each level before NMS")
     rpn_post_nms_top_n: Count = Field(1000, description="proposals after NMS")

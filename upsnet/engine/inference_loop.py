@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from upsnet.engine.precision import Precision, autocast
 from upsnet.structures.errors import DataError
-from upsnet.structures.results import Prediction, Truth
+from upsnet.structures.results import Output, Prediction, Truth
 from upsnet.structures.sample import Batch
 
 
@@ -28,15 +28,23 @@ class Writer(Protocol):
 
 
 def predict_batches(
-    network: nn.Module, batches: Iterable[Batch], precision: Precision = "fp32"
+    network: nn.Module,
+    batches: Iterable[Batch],
+    precision: Precision = "fp32",
+    outputs: frozenset[Output] | None = None,
 ) -> Iterator[Prediction]:
-    """The network's predictions, in the order of the batches. The network stays in evaluation mode."""
+    """The network's predictions, in the order of the batches. The network stays in evaluation mode.
+
+    Args:
+        outputs: what is wanted of a prediction; None: all that the network gives.
+    """
     network.eval()
+    wanted = () if outputs is None else (outputs,)
     device = next(network.parameters()).device
     for batch in batches:
         # Only around the pass: a generator that is left open must not leave its caller in inference mode.
         with torch.inference_mode(), autocast(device, precision):
-            predictions = network(batch.to(device))
+            predictions = network(batch.to(device), *wanted)
         yield from predictions
 
 

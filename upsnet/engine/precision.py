@@ -7,7 +7,11 @@ import torch
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Of matrix products, by precision."""
+
+
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """A context in which matrix products run in bf16 or fp16; for fp32 it does nothing."""
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+    enabled = precision != "fp32"
+    return torch.autocast(device.type, dtype=DTYPES[precision] if enabled else None, enabled=enabled)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from upsnet.models.boxes import clip, decode
-from upsnet.models.layers import NormKind, make_norm, smooth_l1, zero_bias
+from upsnet.models.layers import FusedLinear, NormKind, make_norm, smooth_l1, zero_bias
 from upsnet.models.matching import IGNORED, SampledRoIs
 from upsnet.operators import nms_flags, pyramid_roi_align
 
@@ -40,7 +40,9 @@ class BoxHead(nn.Module):
 
     def forward(self, levels: Sequence[Tensor], rois: Tensor) -> tuple[Tensor, Tensor]:
         """levels: P2..P5. rois: R×5 (image, box at network scale)."""
-        pooled = pyramid_roi_align(levels, rois, POOLED_SIZE).flatten(1)
+        pooled = pyramid_roi_align(levels, rois, POOLED_SIZE)
+        if not isinstance(self.fc6, FusedLinear):  # which takes maps as they lie
+            pooled = pooled.flatten(1)
         hidden = F.relu(_on_vectors(self.norm6, self.fc6(pooled)))
         hidden = F.relu(_on_vectors(self.norm7, self.fc7(hidden)))
         logits, deltas = self.class_logits(hidden).float(), self.deltas(hidden).float()
@@ -98,6 +100,12 @@ class Candidates:
 
     def select(self, indices: Tensor) -> "Candidates":
         return Candidates(self.boxes[indices], self.scores[indices], self.classes[indices])
+
+    @staticmethod
+    def none(device: torch.device) -> "Candidates":
+        """No candidate."""
+        boxes = torch.zeros(0, 4, device=device)
+        return Candidates(boxes, boxes[:, 0], boxes[:, 0].long())
 
     @staticmethod
     def joined(parts: Sequence["Candidates"]) -> "Candidates":

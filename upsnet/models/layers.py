@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from upsnet.operators import deform_conv2d
+from upsnet.operators import deform_conv2d, fast_linear, fused_conv2d
 
 NormKind = Literal["none", "group_norm", "batch_norm", "frozen_batch_norm"]
 
@@ -70,7 +70,51 @@ class DeformConv2d(nn.Module):
             return deform_conv2d(input.float(), offset.float(), self.weight, self.bias, self.stride, self.padding)
 
 
-class ConvBlock(nn.Sequential):
+class FusedConv(nn.Module):
+    """A convolution of a network that only predicts (`models/inference.py`): it takes what follows it along."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> None:
+        super().__init__()
+        self.stride, self.padding = stride, padding
+        self.weight = constant(weight.contiguous(memory_format=torch.channels_last))
+        self.bias = None if bias is None else constant(bias.to(weight.dtype))
+
+    def forward(self, input: Tensor, add: Tensor | None = None, relu: bool = False) -> Tensor:
+        return fused_conv2d(input, self.weight, self.bias, self.stride, self.padding, relu, add)
+
+
+class FusedLinear(nn.Module):
+    """A linear layer of such a network. It takes vectors R×K, or maps R×C×h×w with its weights in the order h, w, C:
+    so channels-last maps lie."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = constant(weight)
+        self.bias = None if bias is None else constant(bias.to(weight.dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.permute(0, 2, 3, 1).flatten(1) if input.dim() == 4 else input
+        return fast_linear(rows, self.weight, self.bias)
+
+
+def constant(tensor: Tensor) -> nn.Parameter:
+    """A parameter that does not learn."""
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def convolve(
+    conv: nn.Module, norm: nn.Module | None, input: Tensor, add: Tensor | None = None, relu: bool = True
+) -> Tensor:
+    """norm(conv(input)) + add, through a ReLU; at once where `conv` can. Nobody may need `add` any more."""
+    if isinstance(conv, FusedConv) and (norm is None or isinstance(norm, nn.Identity)):
+        return conv(input, add, relu)
+    result = conv(input) if norm is None else norm(conv(input))
+    if add is not None:
+        result = result + add
+    return F.relu(result, inplace=True) if relu else result
+
+
+class ConvBlock(nn.Module):
     """3×3 convolution, plain or deformable, normalisation, ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, norm: NormKind = "none", deformable: bool = False) -> None:
@@ -81,7 +125,9 @@ class ConvBlock(nn.Sequential):
             else nn.Conv2d(in_channels, out_channels, 3, padding=1)
         )
         self.norm = make_norm(norm, out_channels)
-        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return convolve(self.conv, self.norm, input)
 
 
 def smooth_l1(difference: Tensor, sigma: float) -> Tensor:

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from upsnet.models.layers import ConvBlock, NormKind, zero_bias
+from upsnet.models.layers import ConvBlock, FusedConv, NormKind, zero_bias
 from upsnet.operators import pyramid_roi_align
+
+CHUNK = 32
+"""RoIs that are computed together at test time on a CPU: what lies between two layers then stays in its cache."""
 
 
 class MaskHead(nn.Module):
@@ -34,12 +37,34 @@ class MaskHead(nn.Module):
 
     def forward(self, levels: Sequence[Tensor], rois: Tensor, classes: Tensor) -> Tensor:
         """levels: P2..P5. rois: R×5 (image, box at network scale). classes: R, 1..C-1."""
-        hidden = F.relu(self.deconv(self.convs(pyramid_roi_align(levels, rois, self.pooled_size))))
+        pooled = pyramid_roi_align(levels, rois, self.pooled_size)
+        chunk = len(pooled) if self.training or pooled.device.type != "cpu" else CHUNK
+        parts = zip(pooled.split(max(chunk, 1)), classes.split(max(chunk, 1)), strict=True)
+        return torch.cat([self._logits(*part) for part in parts])
+
+    def _logits(self, pooled: Tensor, classes: Tensor) -> Tensor:
+        hidden = self.convs(pooled)
+        if isinstance(self.deconv, FusedConv):
+            cells = self.deconv(hidden, relu=True)
+        else:
+            cells = F.relu(F.conv2d(hidden, *cells_of(self.deconv)), inplace=True)
+        rois, _, height, width = cells.shape
         # Only one of the C channels is asked for: apply its row of the 1×1 score layer alone.
-        weight = self.score.weight[:, :, 0, 0].to(hidden.dtype)[classes]
-        logits = torch.einsum("rchw,rc->rhw", hidden, weight).float()
+        row = self.score.weight[:, :, 0, 0].to(cells.dtype)[classes]
+        cells = cells.permute(0, 2, 3, 1).reshape(rois, height * width * 4, row.shape[1])
+        logits = torch.bmm(cells, row[:, :, None]).float().view(rois, height, width, 2, 2)
         assert self.score.bias is not None
-        return logits + self.score.bias[classes, None, None]
+        return logits.transpose(2, 3).reshape(rois, 2 * height, 2 * width) + self.score.bias[classes, None, None]
+
+
+def cells_of(deconv: nn.ConvTranspose2d) -> tuple[Tensor, Tensor | None]:
+    """A 2×2 transposed convolution with stride 2, whose patches do not overlap, as an ordinary 1×1 convolution.
+
+    Returns:
+        weight (4·O, I, 1, 1) and bias (4·O,): all outputs of the upper left cell, the upper right, the lower ones.
+    """
+    weight = deconv.weight.permute(2, 3, 1, 0).reshape(-1, deconv.in_channels, 1, 1)
+    return weight, None if deconv.bias is None else deconv.bias.repeat(4)
 
 
 def mask_loss(logits: Tensor, targets: Tensor, counts: Sequence[int]) -> Tensor:

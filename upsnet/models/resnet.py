@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from upsnet.models.layers import DeformConv2d, NormKind, make_norm
+from upsnet.models.layers import DeformConv2d, NormKind, convolve, make_norm
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Stem(nn.Module):
         self.norm = make_norm(norm, out_channels)
 
     def forward(self, image: Tensor) -> Tensor:
-        return F.max_pool2d(F.relu(self.norm(self.conv(image))), 3, stride=2, padding=1)
+        return F.max_pool2d(convolve(self.conv, self.norm, image), 3, stride=2, padding=1)
 
 
 class Downsample(nn.Module):
@@ -48,7 +48,7 @@ class Downsample(nn.Module):
         self.norm = make_norm(norm, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
+        return convolve(self.conv, self.norm, x, relu=False)
 
 
 def _conv3x3(channels_in: int, channels_out: int, stride: int, deformable: bool) -> nn.Module:
@@ -81,9 +81,8 @@ class BasicBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(self.conv1(x)))
-        y = self.norm2(self.conv2(y))
-        return F.relu(y + self.downsample(x))
+        y = convolve(self.conv1, self.norm1, x)
+        return convolve(self.conv2, self.norm2, y, add=self.downsample(x))
 
 
 class Bottleneck(nn.Module):
@@ -116,10 +115,9 @@ class Bottleneck(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(self.conv1(x)))
-        y = F.relu(self.norm2(self.conv2(y)))
-        y = self.norm3(self.conv3(y))
-        return F.relu(y + self.downsample(x))
+        y = convolve(self.conv1, self.norm1, x)
+        y = convolve(self.conv2, self.norm2, y)
+        return convolve(self.conv3, self.norm3, y, add=self.downsample(x))
 
 
 class ResNet(nn.Module):

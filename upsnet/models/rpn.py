@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from upsnet.models.anchors import base_anchors, grid_anchors
 from upsnet.models.boxes import clip, decode, widths_heights
-from upsnet.models.layers import smooth_l1, zero_bias
+from upsnet.models.layers import convolve, smooth_l1, zero_bias
 from upsnet.models.matching import IGNORED, AnchorSampling, match_anchors
 from upsnet.operators import nms_flags
 from upsnet.structures.draws import Draws
@@ -72,7 +72,7 @@ class RPN(nn.Module):
             zero_bias(layer)
 
     def forward(self, levels: Sequence[Tensor]) -> RPNOutput:
-        hidden = [F.relu(self.conv(level)) for level in levels]
+        hidden = [convolve(self.conv, None, level) for level in levels]
         anchors = [
             grid_anchors(self.get_buffer(f"base_anchors_{stride}"), level.shape[-2], level.shape[-1], stride)
             for stride, level in zip(self.strides, levels, strict=True)

@@ -20,7 +20,6 @@ from upsnet.models.mask_head import MaskHead, mask_loss
 from upsnet.models.matching import AnchorSampling, RoISampling, SampledRoIs, mask_targets, sample_rois
 from upsnet.models.multi_scale import Frame, carry_boxes, mean_masks, mean_scores
 from upsnet.models.panoptic_head import (
-    PanopticMap,
     fuse,
     keep_instances,
     panoptic_logits,
@@ -31,9 +30,13 @@ from upsnet.models.postprocess import detections_on_photo, labels_on_photo, merg
 from upsnet.models.resnet import ResNet
 from upsnet.models.rpn import RPN, ProposalOptions, RPNOutput, propose, rpn_losses
 from upsnet.models.semantic_head import SemanticHead, roi_loss, semantic_loss
-from upsnet.structures.results import Prediction, TrainingOutput
+from upsnet.structures.results import OUTPUTS, Output, Prediction, TrainingOutput
 from upsnet.structures.sample import VOID, Batch, Instances
 from upsnet.structures.transfer import Download, upload
+
+OF_THINGS: frozenset[Output] = frozenset({"instances", "panoptic"})
+OF_MAPS: frozenset[Output] = frozenset({"panoptic", "semantic"})
+"""The outputs that take the instance heads, and those that take the semantic head."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class SelectionOptions:
 class Features:
     """What the dense parts of the network say about a batch.
 
-    levels: P2..P5. rpn: raw anchors. scores: B×S×h×w semantic scores at stride 4.
+    levels: P2..P5. rpn: raw anchors. scores: B×S×h×w semantic scores at stride 4. What nobody asked for is empty.
     """
 
     levels: list[Tensor]
@@ -124,13 +127,18 @@ class UPSNet(nn.Module):
         """Whether the panoptic head has its unknown channel."""
         return self.sampling.keep_fraction < 1
 
-    def forward(self, batch: Batch) -> TrainingOutput | list[Prediction]:
-        return self._losses(self.features(batch.images), batch) if self.training else self._predict(batch)
+    def forward(self, batch: Batch, outputs: frozenset[Output] = OUTPUTS) -> TrainingOutput | list[Prediction]:
+        """outputs: at test time, what is wanted; only what that takes is computed."""
+        return self._losses(self.features(batch.images), batch) if self.training else self._predict(batch, outputs)
 
-    def features(self, images: Tensor) -> Features:
-        """images: B×3×H×W, sides multiples of 32."""
+    def features(self, images: Tensor, outputs: frozenset[Output] = OUTPUTS) -> Features:
+        """images: B×3×H×W, sides multiples of 32. outputs: what shall be made of it."""
         levels = self.fpn(self.backbone(images))
-        return Features(levels[:4], self.rpn(levels), self.semantic_head(levels[:4]))
+        return Features(
+            levels[:4],
+            self.rpn(levels) if outputs & OF_THINGS else RPNOutput([], [], []),
+            self.semantic_head(levels[:4]) if outputs & OF_MAPS else levels[0].new_empty(len(images), 0, 0, 0),
+        )
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -239,62 +247,64 @@ class UPSNet(nn.Module):
 
     # -- test ----------------------------------------------------------------------------------------------------------
 
-    def _predict(self, batch: Batch) -> list[Prediction]:
+    def _predict(self, batch: Batch, outputs: frozenset[Output]) -> list[Prediction]:
         """Looks at every view, the batch itself first (often the only one), and fuses them as `multi_scale` says."""
         views = [batch, *batch.views]
         levels: list[list[Tensor]] = []
         photos = [Seen([Frame.of(view, image) for view in views]) for image in range(len(batch))]
         for view in views:
-            features = self.features(view.images)
+            features = self.features(view.images, outputs)
             levels.append(features.levels)
-            for image, (seen, found) in enumerate(zip(photos, self._candidates(features, view), strict=True)):
+            for image, (seen, found) in enumerate(zip(photos, self._candidates(features, view, outputs), strict=True)):
                 boxes = carry_boxes(found.boxes, Frame.of(view, image), seen.frames[0])
                 seen.candidates.append(replace(found, boxes=boxes))
                 seen.scores.append(features.scores[image])
-        return self._fuse(batch, levels, photos)
+        found_in = self._instances(levels, photos, outputs)
+        return [self._on_photo(batch, image, photos[image], found, outputs) for image, found in enumerate(found_in)]
 
-    def _candidates(self, features: Features, view: Batch) -> list[Candidates]:
+    def _candidates(self, features: Features, view: Batch, outputs: frozenset[Output]) -> list[Candidates]:
         """For each image of a view all boxes that may become an instance."""
         options = self.selection
+        if not outputs & OF_THINGS:
+            return [Candidates.none(view.images.device)] * len(view)
         proposals = propose(features.rpn, view.sizes, view.scales, options.proposals).trimmed()
         counts = [len(p) for p in proposals]
         logits, deltas = self.box_head(features.levels, _join(proposals))
         probabilities = F.softmax(logits, dim=1)
-        threshold = min(options.detections.score_threshold, options.panoptic_score_threshold)
+        threshold = min(self._options(output).score_threshold for output in outputs & OF_THINGS)
         return [
             decode_above(*of_image, threshold, options.detections.box_weights)
             for of_image in zip(proposals, probabilities.split(counts), deltas.split(counts), view.sizes, strict=True)
         ]
 
-    def _fuse(self, batch: Batch, levels: list[list[Tensor]], photos: list[Seen]) -> list[Prediction]:
-        """levels: P2..P5 of each view."""
-        weak = self.selection.detections
-        strong = replace(weak, score_threshold=self.selection.panoptic_score_threshold)
+    def _options(self, output: Output) -> DetectionOptions:
+        """How instances are selected for an output."""
+        options = self.selection.detections
+        return (
+            replace(options, score_threshold=self.selection.panoptic_score_threshold)
+            if output == "panoptic"
+            else options
+        )
+
+    def _instances(
+        self, levels: list[list[Tensor]], photos: list[Seen], outputs: frozenset[Output]
+    ) -> list[dict[Output, tuple[Candidates, Tensor]]]:
+        """For each photo and output its instances and their N×M×M mask logits. levels: P2..P5 of each view."""
+        wanted = sorted(outputs & OF_THINGS)
+        if not wanted:
+            return [{}] * len(photos)
         found, places = [], []
         for seen in photos:
             boxes = Candidates.joined(seen.candidates)
-            lists = (suppress(boxes, weak, class_agnostic=False), suppress(boxes, strong, class_agnostic=True))
-            either, places_of_both = joined_positions(len(boxes), lists)
+            lists = [suppress(boxes, self._options(output), class_agnostic=output == "panoptic") for output in wanted]
+            either, places_of_each = joined_positions(len(boxes), lists)
             found.append(boxes.select(either))
-            places.append(places_of_both)
+            places.append(places_of_each)
         masks = self._mask_logits(levels, photos, found)
-        size = (batch.images.shape[-2], batch.images.shape[-1])
-        predictions = []
-        for image, (seen, (detected, competing)) in enumerate(zip(photos, places, strict=True)):
-            fused = fuse(
-                mean_scores(seen.scores, seen.frames, size),
-                size,
-                found[image].select(competing),
-                masks[image][competing],
-                self.num_stuff,
-                self.has_unknown,
-            )
-            prediction = self._on_photo(fused, batch, image)
-            prediction.instances = detections_on_photo(
-                found[image].select(detected), masks[image][detected], batch.scales[image], batch.original_sizes[image]
-            )
-            predictions.append(prediction)
-        return predictions
+        return [
+            {output: (f.select(at), m[at]) for output, at in zip(wanted, of_photo, strict=True)}
+            for f, m, of_photo in zip(found, masks, places, strict=True)
+        ]
 
     def _mask_logits(self, levels: list[list[Tensor]], photos: list[Seen], found: list[Candidates]) -> list[Tensor]:
         """For each photo N×M×M mask logits of the boxes found in it, from all views."""
@@ -308,19 +318,42 @@ class UPSNet(nn.Module):
             logits.append(torch.cat(upright))
         return list(mean_masks(logits).split(counts))
 
-    def _on_photo(self, fused: PanopticMap, batch: Batch, image: int) -> Prediction:
-        (height, width), original = batch.sizes[image], batch.original_sizes[image]
-        channels = labels_on_photo(fused.channels[:height, :width], batch.scales[image], original)
-        semantic = labels_on_photo(fused.semantic[:height, :width], batch.scales[image], original)
-        segment_map, segments = merge_segments(
-            channels,
-            semantic,
-            fused.instances.classes.cpu().numpy(),
-            fused.instances.scores.cpu().numpy(),
-            self.num_stuff,
-            self.selection.stuff_area_limit,
+    def _on_photo(
+        self,
+        batch: Batch,
+        image: int,
+        seen: Seen,
+        found: dict[Output, tuple[Candidates, Tensor]],
+        outputs: frozenset[Output],
+    ) -> Prediction:
+        scale, original = batch.scales[image], batch.original_sizes[image]
+        prediction = Prediction(batch.image_ids[image], batch.file_names[image])
+        if "instances" in outputs:
+            prediction.instances = detections_on_photo(*found["instances"], scale, original)
+        if not outputs & OF_MAPS:
+            return prediction
+        size = (batch.images.shape[-2], batch.images.shape[-1])
+        competing, masks = found.get("panoptic") or (
+            Candidates.none(batch.images.device),
+            batch.images.new_empty(0, 2, 2),
         )
-        return Prediction(batch.image_ids[image], batch.file_names[image], segment_map, segments, semantic_map=semantic)
+        fused = fuse(
+            mean_scores(seen.scores, seen.frames, size), size, competing, masks, self.num_stuff, self.has_unknown
+        )
+        height, width = batch.sizes[image]
+        semantic = labels_on_photo(fused.semantic[:height, :width], scale, original)
+        if "semantic" in outputs:
+            prediction.semantic_map = semantic
+        if "panoptic" in outputs:
+            prediction.segment_map, prediction.segments = merge_segments(
+                labels_on_photo(fused.channels[:height, :width], scale, original),
+                semantic,
+                fused.instances.classes.cpu().numpy(),
+                fused.instances.scores.cpu().numpy(),
+                self.num_stuff,
+                self.selection.stuff_area_limit,
+            )
+        return prediction
 
 
 def quarter_labels(semantic: Tensor, size: tuple[int, int]) -> Tensor:

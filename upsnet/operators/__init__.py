@@ -2,6 +2,7 @@
 
 from upsnet.operators.caffe_sgd import caffe_sgd_
 from upsnet.operators.deform_conv import deform_conv2d
+from upsnet.operators.fused_conv import fast_linear, fused_conv2d
 from upsnet.operators.library import describe
 from upsnet.operators.nms import batched_nms, nms, nms_flags
 from upsnet.operators.overlaps import count_overlaps
@@ -15,7 +16,9 @@ __all__ = [
     "count_overlaps",
     "deform_conv2d",
     "describe",
+    "fast_linear",
     "fuse_panoptic",
+    "fused_conv2d",
     "nms",
     "nms_flags",
     "paste_masks",

@@ -4,13 +4,18 @@ All maps have the photo's own size; classes are semantic ids of the class table 
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from upsnet.structures.segment_runs import SegmentRuns
+
+Output = Literal["panoptic", "instances", "semantic"]
+OUTPUTS: frozenset[Output] = frozenset(get_args(Output))
+"""The parts of a `Prediction` that can be asked for: the panoptic map and its segments, the detections of the instance
+head, the map of the semantic head."""
 
 
 @dataclass(slots=True)
@@ -59,7 +64,7 @@ class Detections:
 
 @dataclass(slots=True)
 class Prediction:
-    """A network's answer for one photo; a part that a network does not give is None.
+    """A network's answer for one photo; a part that was not asked for, or that a network does not give, is None.
 
     segment_map: H×W int32, ids of `segments`, 0 = no label. semantic_map: H×W int16 semantic ids.
     """
