@@ -7,6 +7,7 @@ are medians. The ratio is torchvision's time over ours. For scale, the plain con
 
 import argparse
 import contextlib
+import ctypes
 import datetime
 import functools
 import platform
@@ -29,7 +30,17 @@ from upsnet import builders
 from upsnet.config import load_recipe
 from upsnet.dataset.batches import collate
 from upsnet.models.rpn import propose
-from upsnet.operators import batched_nms, caffe_sgd_, deform_conv2d, describe, nms, paste_masks, pyramid_roi_align
+from upsnet.operators import (
+    batched_nms,
+    caffe_sgd_,
+    deform_conv2d,
+    describe,
+    fuse_panoptic,
+    nms,
+    paste_masks,
+    pyramid_roi_align,
+)
+from upsnet.operators.panoptic_head import fuse_plain
 from upsnet.structures.class_tables import class_table
 from upsnet.structures.pictures import read_photo
 
@@ -243,6 +254,44 @@ def sgd_row(rounds: int) -> Row:
     return ("SGD step of a ResNet-50 (beside torch.optim.SGD, fused)", *medians(calls, rounds), None)
 
 
+def extra_memory(call: Callable[[], object], device: str) -> float:
+    """MB by which a call raises the peak of the memory in use: the device's, or the process' (Linux alone tells it)."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    ctypes.CDLL(None).malloc_trim(0)  # memory that the process keeps for later would not count
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
+    before = resident("VmRSS")
+    call()
+    return resident("VmHWM") - before
+
+
+def resident(name: str) -> float:
+    """A figure of the process' memory in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith(name))) / 1e3
+
+
+def panoptic_head_rows(rounds: int, device: str = "cpu") -> Iterator[Row]:
+    """Scores and masks to label maps, COCO's classes, 100 candidates; the other is the plain path in PyTorch."""
+    draw = torch.Generator().manual_seed(0)
+    enlarge = functools.partial(torch.nn.functional.interpolate, mode="bicubic")
+    scores = enlarge(torch.randn(1, 133, 25, 38, generator=draw) * 4, size=(200, 304))
+    masks = (enlarge(torch.randn(100, 1, 5, 5, generator=draw) * 4, size=(28, 28))[:, 0] + 2).to(device)
+    boxes = spread_boxes(4.6, 0.6, 100)[:, 1:].to(device)
+    classes = torch.randint(1, 81, (100,), generator=draw).to(device)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        given = (scores.contiguous(memory_format=layout)[0].to(device), (800, 1216), boxes, classes, masks, 53, True)
+        calls: list[Callable[[], object]] = [functools.partial(f, *given) for f in (fuse_panoptic, fuse_plain)]
+        memory = " and ".join(f"{extra_memory(call, device):.0f}" for call in calls) + " MB"
+        kind = "channels-last" if layout == torch.channels_last else "contiguous"
+        name = f"panoptic head 800×1216, 133 classes, 100 candidates, {kind}, beside its plain path; memory {memory}"
+        with torch.inference_mode():
+            yield (name, *medians(calls, rounds, device), None)
+
+
 def all_rows(rounds: int, device: str) -> Iterator[Row]:
     for case in DEFORM_CASES:
         if device == "cuda":
@@ -253,6 +302,7 @@ def all_rows(rounds: int, device: str) -> Iterator[Row]:
     for count, threshold in NMS_CASES:
         yield from nms_rows(count, threshold, rounds, device)
     yield from roi_align_rows(rounds, device)
+    yield from panoptic_head_rows(rounds, device)
     if device == "cpu":
         yield paste_row(rounds)
         yield sgd_row(rounds)
