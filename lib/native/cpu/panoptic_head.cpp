@@ -1,7 +1,7 @@
 // upsnet::fuse_panoptic on the CPU: checks, mask removal, partition of the work, choice of the variant.
 //
-// Removal: the bits of all masks in parallel, then the candidates one after another; a class has one bit map of what its
-// kept instances cover. Fusion: groups of rows in parallel, each from its two source rows straight to the labels. Each
+// Removal: the bits of all masks in parallel, then the candidates one after another; a class has one bit map of what
+// its kept instances cover. Fusion: groups of rows in parallel, each from its two source rows straight to the labels. Each
 // pixel is computed alike whatever the partition, so the number of threads changes nothing.
 
 #include <torch/csrc/stable/library.h>
@@ -77,7 +77,7 @@ void lay_out(PanopticPlan<LANES>& plan, int64_t candidates) {
   }
 }
 
-// -- mask removal ------------------------------------------------------------------------------------------------------
+// -- mask removal -----------------------------------------------------------------------------------------------------
 
 int64_t words_of(const Placed& box) {
   return box.columns.size() > 0 && box.rows.size() > 0 ? int64_t(Words(box).count) * box.rows.size() : 0;
@@ -148,7 +148,7 @@ std::vector<int32_t> remove_hidden(const PanopticPlan<LANES>& plan, const Entry<
   return kept;
 }
 
-// -- fusion ------------------------------------------------------------------------------------------------------------
+// -- fusion -----------------------------------------------------------------------------------------------------------
 
 // All channels of a row of scores, one behind the other.
 void copy_row(const PanopticTask& t, int32_t row, int64_t pitch, float* to) {

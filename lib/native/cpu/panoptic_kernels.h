@@ -25,7 +25,8 @@ struct alignas(64) Block {
 
 // Blocks `from` to `to` of a map's columns, for a source that is enlarged to `width` columns from `left` on.
 template <int LANES>
-void append_blocks(std::vector<Block<LANES>>& blocks, int32_t from, int32_t to, int32_t left, int32_t source, int32_t width) {
+void append_blocks(std::vector<Block<LANES>>& blocks, int32_t from, int32_t to, int32_t left, int32_t source,
+                   int32_t width) {
   for (int32_t b = from; b < to; ++b) {
     Block<LANES>& block = blocks.emplace_back();
     block.base = source;
@@ -58,12 +59,12 @@ struct RowGroup {
 // The task in the shape that vectors want it.
 template <int LANES>
 struct PanopticPlan {
-  PanopticTask task;                // masks: padded by a vector
-  int64_t pitch;                    // floats between channels of a source row
-  std::vector<RowGroup> groups;     // of the map's rows
+  PanopticTask task;             // its masks are padded by a vector
+  int64_t pitch;                 // floats between channels of a source row
+  std::vector<RowGroup> groups;  // of the map's rows
   std::vector<Block<LANES>> score_blocks;
   std::vector<Block<LANES>> mask_blocks;  // of all candidates, one after another
-  std::vector<int64_t> mask_begin;  // where those of each candidate begin
+  std::vector<int64_t> mask_begin;        // where those of each candidate begin
   int16_t *channels, *semantic;
 
   int32_t first_block(int32_t candidate) const { return task.placed[candidate].columns.begin / LANES; }
@@ -97,7 +98,9 @@ struct PanopticKernel {
   using Plan = PanopticPlan<lanes>;
   using Columns = Block<lanes>;
 
-  static UPSNET_INLINE Floats load(const float* from) { return *(const typename VectorOf<float, BYTES>::Unaligned*)from; }
+  static UPSNET_INLINE Floats load(const float* from) {
+    return *(const typename VectorOf<float, BYTES>::Unaligned*)from;
+  }
   static UPSNET_INLINE Ints load(const int32_t* from) { return *(const Ints*)from; }
 
   // `blend` of the shared header. A sum of two products may be contracted either way, and other ways in other places;

@@ -53,7 +53,7 @@ UPSNET_BOTH Span clipped(int32_t begin, int32_t end, int32_t length) {
 UPSNET_BOTH int32_t truncated(float v) { return v == v ? int32_t(fminf(fmaxf(v, -5e8f), 5e8f)) : 0; }
 
 // Where an instance acts: its semantic logit up to the rounded end (half to even) of its box, its mask up to the
-// truncated one. `top`, `left`, `height`, `width`: the box that the mask is resized to, which may stand over the border.
+// truncated one. `top`, `left`, `height`, `width`: the box that the mask is resized to; it may stand over the border.
 struct Placed {
   int32_t top, left, height, width;
   Span rows, columns;
@@ -68,7 +68,8 @@ struct Placed {
 };
 
 UPSNET_BOTH Placed place_box(const float* box, int32_t height, int32_t width) {
-  const int32_t left = truncated(box[0]), top = truncated(box[1]), right = truncated(box[2]), bottom = truncated(box[3]);
+  const int32_t left = truncated(box[0]), top = truncated(box[1]);
+  const int32_t right = truncated(box[2]), bottom = truncated(box[3]);
   Placed placed;
   placed.top = top, placed.left = left;
   placed.height = bottom - top + 1 > 1 ? bottom - top + 1 : 1;
@@ -119,7 +120,7 @@ struct PanopticLabels {
   }
 };
 
-// How many candidates take part; without masks where nothing but empty masks made the strongest one stay.
+// How many candidates take part, and whether with their masks: without, where all went and the strongest one stayed.
 struct Survivors {
   int32_t count, with_masks;
 };
