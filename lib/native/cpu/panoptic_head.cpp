@@ -1,8 +1,8 @@
 // upsnet::fuse_panoptic on the CPU: checks, mask removal, partition of the work, choice of the variant.
 //
 // Removal: the bits of all masks in parallel, then the candidates one after another; a class has one bit map of what
-// its kept instances cover. Fusion: groups of rows in parallel, each from its two source rows straight to the labels. Each
-// pixel is computed alike whatever the partition, so the number of threads changes nothing.
+// its kept instances cover. Fusion: groups of rows in parallel, each from its two source rows straight to the labels.
+// Each pixel is computed alike whatever the partition, so the number of threads changes nothing.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
