@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.reference import roi_align as twin
 from tests.syncs import count_syncs
@@ -312,6 +313,29 @@ def test_operator_checks_of_torch(memory_format):
     rois = rois_of(NASTY)
     arguments = (features, rois, roi_levels(rois[:, 1:]), [1 / 4, 1 / 8, 1 / 16, 1 / 32], 3, False)
     torch.library.opcheck(torch.ops.upsnet.pyramid_roi_align.default, arguments)
+
+
+@needs_native
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("crop", [(2, 3, 3, 4), (1, 3, 1, 4), (1, 3, 2, 4), (2, 1, 3, 4), (1, 3, 2, 2), (1, 2, 3, 4)])
+def test_rules_foretell_the_layout_of_views(crop, channels_last):
+    """The strides of one image, one row or one channel say nothing; gaps make a view neither format."""
+    whole = torch.randn(2, 3, 3, 4)
+    if channels_last:
+        whole = whole.contiguous(memory_format=torch.channels_last)
+    features, rois, levels = whole[tuple(map(slice, crop))], rois_of(NASTY[:2]) * 0, torch.zeros(2).long()
+
+    def strides(*arguments):
+        pooled = torch.ops.upsnet.pyramid_roi_align([arguments[0]], *arguments[1:], [0.25], 2, False)
+        (gradient,) = torch.ops.upsnet.pyramid_roi_align_backward(pooled, [arguments[0]], *arguments[1:], [0.25], False)
+        return [
+            [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+            for tensor in (pooled, gradient)
+        ]
+
+    with FakeTensorMode() as fake:
+        foretold = strides(*map(fake.from_tensor, (features, rois, levels)))
+    assert strides(features, rois, levels) == foretold
 
 
 @pytest.mark.parametrize(

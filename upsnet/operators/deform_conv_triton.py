@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from upsnet.operators.images import empty_images, is_channels_last
+
 ENOUGH_PROGRAMS = 132
 """One for each multiprocessor of a large GPU; problems that would give fewer are cut into smaller blocks."""
 
@@ -174,11 +176,6 @@ def _forward_kernel(
     tl.store(output + at, total.to(output.dtype.element_ty), mask=wanted)
 
 
-def is_channels_last(tensor: Tensor) -> bool:
-    """Whether the batch is dense with channels innermost and not dense the usual way."""
-    return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-
-
 def dense(tensor: Tensor) -> Tensor:
     """The batch in one of the two layouts."""
     return tensor if is_channels_last(tensor) else tensor.contiguous()
@@ -290,9 +287,7 @@ def forward(
     """
     shared = geometry(input, offset, weight, mask, stride, padding, dilation)
     images, outputs = input.shape[0], weight.shape[0]
-    output = input.new_empty(images, outputs, *offset.shape[2:])
-    if is_channels_last(input):
-        output = output.to(memory_format=torch.channels_last)
+    output = empty_images(input, (images, outputs, *offset.shape[2:]))
     if output.numel() == 0:
         return output
     sizes = _blocks(shared, images, input.dtype)

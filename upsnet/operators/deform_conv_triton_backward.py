@@ -25,11 +25,11 @@ from upsnet.operators.deform_conv_triton import (
     element,
     gather,
     geometry,
-    is_channels_last,
     locate,
     sample,
     warps,
 )
+from upsnet.operators.images import is_channels_last
 
 WEIGHT_PROGRAMS = 528
 """Programs of the weight gradient, about. Not read off the GPU at hand: the order of sums follows from it."""

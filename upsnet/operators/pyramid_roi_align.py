@@ -8,6 +8,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from upsnet.operators import library
+from upsnet.operators.images import empty_images
 
 CANONICAL_SIZE = 224.0
 """Side of a box, in network pixels, that is pooled from level 4 (FPN, eq. 1)."""
@@ -65,12 +66,17 @@ def _level_by_level(
     if rois.device.type == "cpu" and not of_image.all():
         raise RuntimeError(f"pyramid_roi_align: rois name an image that is not among {features[0].shape[0]}")
     levels = levels.masked_fill(~of_image, NO_LEVEL)
-    pooled = _empty(features, rois, output_size).zero_()
+    pooled = _pooled(features, rois, output_size).zero_()
     for level, (feature, scale) in enumerate(zip(features, scales, strict=True)):
         members = torch.nonzero(levels == level).flatten()
         part = roi_align(feature.to(rois.dtype), rois[members], output_size, scale, SAMPLES, aligned)
         pooled.index_copy_(0, members, part.to(pooled.dtype))
     return pooled
+
+
+def _pooled(features: Sequence[Tensor], rois: Tensor, output_size: int) -> Tensor:
+    """The result's memory."""
+    return empty_images(features[0], (rois.shape[0], features[0].shape[1], output_size, output_size))
 
 
 def _check(features: Sequence[Tensor], rois: Tensor, output_size: int) -> None:
@@ -93,28 +99,16 @@ def _check(features: Sequence[Tensor], rois: Tensor, output_size: int) -> None:
 # -- what torch is to know about the native operator -------------------------------------------------------------------
 
 
-def _empty(features: Sequence[Tensor], rois: Tensor, output_size: int) -> Tensor:
-    """The result's memory, in the first level's dtype and memory format."""
-    first = features[0]
-    channels_last = not first.is_contiguous() and first.is_contiguous(memory_format=torch.channels_last)
-    return torch.empty(
-        (rois.shape[0], first.shape[1], output_size, output_size),
-        dtype=first.dtype,
-        device=first.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
-
-
 def _shape(
     features: Sequence[Tensor], rois: Tensor, levels: Tensor, scales: list[float], output_size: int, aligned: bool
 ) -> Tensor:
-    return _empty(features, rois, output_size)
+    return _pooled(features, rois, output_size)
 
 
 def _shape_of_gradients(
     grad: Tensor, features: Sequence[Tensor], rois: Tensor, levels: Tensor, scales: list[float], aligned: bool
 ) -> list[Tensor]:
-    return [torch.empty_like(feature) for feature in features]
+    return [empty_images(feature, feature.shape) for feature in features]
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -13,8 +13,11 @@ namespace upsnet {
 // Channels last, and not contiguous as well (which one channel or one pixel makes it).
 inline bool is_channels_last(const torch::stable::Tensor& tensor) {
   const int64_t channels = tensor.size(1), height = tensor.size(2), width = tensor.size(3);
-  return !tensor.is_contiguous() && tensor.stride(1) == 1 && tensor.stride(3) == channels &&
-      tensor.stride(2) == width * channels && tensor.stride(0) == height * width * channels;
+  const int64_t strides[] = {height * width * channels, 1, width * channels, channels};
+  if (tensor.is_contiguous()) return false;
+  for (int d = 0; d < 4; ++d)
+    if (tensor.size(d) != 1 && tensor.stride(d) != strides[d]) return false;
+  return true;
 }
 
 inline torch::stable::Tensor empty_images(const torch::stable::Tensor& like, const std::vector<int64_t>& shape,
