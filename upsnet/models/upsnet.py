@@ -152,25 +152,32 @@ class UPSNet(nn.Module):
         crowds = [
             upload(i.crowd_boxes() * scale, device) for i, scale in zip(batch.instances, batch.scales, strict=True)
         ]
-        losses: dict[str, Tensor] = {}
-        metrics: dict[str, Tensor] = {}
 
-        losses["rpn_cls_loss"], losses["rpn_bbox_loss"] = rpn_losses(
+        rpn_class_loss, rpn_box_loss = rpn_losses(
             features.rpn, boxes, crowds, batch.sizes, options.anchors, batch.draws
         )
         sampled = self._sample(features, batch)
         foreground = Download(torch.cat([s.foreground() for s in sampled]))
         rois = _join([s.boxes * scale for s, scale in zip(sampled, batch.scales, strict=True)])
         logits, deltas = self.box_head(features.levels, rois)
-        losses["cls_loss"], losses["bbox_loss"], metrics["rcnn_accuracy"] = box_losses(logits, deltas, sampled)
-        losses["fcn_loss"] = semantic_loss(features.scores, batch.semantic)
+        class_loss, box_loss, box_accuracy = box_losses(logits, deltas, sampled)
+        semantic = {"fcn_loss": semantic_loss(features.scores, batch.semantic)}
         if options.with_roi_loss:
             bias = self.semantic_head.score.bias
             assert bias is not None
-            losses["fcn_roi_loss"] = roi_loss(features.scores, bias, batch.semantic, boxes)
-        losses["panoptic_loss"], metrics["panoptic_accuracy"] = self._panoptic_loss(features, batch, things, boxes)
-        losses["mask_loss"] = self._mask_loss(features, sampled, foreground, things, batch.scales)
-        return TrainingOutput(losses, metrics)
+            semantic["fcn_roi_loss"] = roi_loss(features.scores, bias, batch.semantic, boxes)
+        panoptic, panoptic_accuracy = self._panoptic_loss(features, batch, things, boxes)
+        masks = self._mask_loss(features, sampled, foreground, things, batch.scales)
+        losses = {  # in the order of the log
+            "rpn_cls_loss": rpn_class_loss,
+            "rpn_bbox_loss": rpn_box_loss,
+            "cls_loss": class_loss,
+            "bbox_loss": box_loss,
+            "mask_loss": masks,
+            **semantic,
+            "panoptic_loss": panoptic,
+        }
+        return TrainingOutput(losses, {"rcnn_accuracy": box_accuracy, "panoptic_accuracy": panoptic_accuracy})
 
     def _sample(self, features: Features, batch: Batch) -> list[SampledRoIs]:
         assert batch.instances is not None
