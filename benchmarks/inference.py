@@ -15,7 +15,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -35,11 +35,14 @@ import upsnet
 from benchmarks.operators import medians, processor
 from upsnet import builders
 from upsnet.config import load_recipe
+from upsnet.dataset.batches import collate
+from upsnet.engine.precision import Precision, autocast
 from upsnet.models import upsnet as system
 from upsnet.operators import describe
 from upsnet.predict import Picture, Predictor
 from upsnet.structures.class_tables import class_table
 from upsnet.structures.pictures import read_photo
+from upsnet.structures.results import OUTPUTS
 
 RECIPE = "upsnet_resnet50_coco_16gpu"
 HEIGHT, WIDTH = 800, 1216
@@ -94,7 +97,8 @@ class Ours:
         assert categories is not None
         network = builders.build_network(recipe, categories)
         builders.start_from_pretrained(recipe, network, categories)
-        self.plain = Predictor(network.eval(), categories, builders.test_views(recipe))
+        self.batch = collate([builders.test_views(recipe).sample(photo, 0, "")])
+        self.plain = torch.inference_mode()(lambda: network.eval()(self.batch))
         spread(
             {
                 network.rpn.objectness: 2.0,
@@ -102,10 +106,10 @@ class Ours:
                 network.box_head.class_logits: 3.0,
                 network.box_head.deltas: 0.5,
             },
-            self.predict(self.plain),
+            self.plain,
         )
         with watched(network.box_head) as calls:
-            self.predict(self.plain)()
+            self.plain()
         self.threshold = threshold_of(calls[0][1][0])
         self.folder = tempfile.TemporaryDirectory()
         self.weights = Path(self.folder.name) / "network.pth"
@@ -138,7 +142,7 @@ class Ours:
         )
         mapping = {torch.ops.upsnet.deform_conv2d: deformable}
         with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-            self.predict(self.plain)()
+            self.plain()
         network.selection = kept
         return counter.get_total_flops() / 1e9
 
@@ -146,8 +150,20 @@ class Ours:
         thresholds = (f"test.score_thresh={self.threshold}", f"test.panoptic_score_thresh={self.threshold}")
         return upsnet.load(RECIPE, self.weights, self.options.device, self.changes(*thresholds, *changes))
 
-    def predict(self, predictor: Predictor, **outputs: object) -> Predict:
-        return lambda: predictor.predict(self.photo, **outputs)
+    def predict(self, predictor: Predictor, outputs: Sequence[str] = tuple(OUTPUTS)) -> Predict:
+        return lambda: predictor.predict(self.photo, outputs)
+
+    def predict_tensor(self, predictor: Predictor, precision: Precision) -> Predict:
+        """From a photo that is a tensor on the device already, to the panoptic map alone."""
+        device = torch.device(self.options.device)
+        network, batch, outputs = predictor.prepared, self.batch.to(device), frozenset({"panoptic"})
+
+        @torch.inference_mode()
+        def run() -> object:
+            with autocast(device, precision):
+                return network(batch, outputs)
+
+        return run
 
 
 class MaskRCNN:
@@ -211,7 +227,7 @@ def check_counts(predictor: Predictor, run: Predict) -> None:
         return positions
 
     suppress = system.suppress
-    with mock.patch.object(system, "suppress", counted), watched(predictor.model.box_head) as calls:
+    with mock.patch.object(system, "suppress", counted), watched(predictor.prepared.box_head) as calls:
         run()
     proposals = len(calls[0][0][1])
     assert proposals == PROPOSALS, f"ours: {proposals} proposals"
@@ -220,7 +236,8 @@ def check_counts(predictor: Predictor, run: Predict) -> None:
 
 def shares(predictor: Predictor, run: Predict, rounds: int) -> list[tuple[str, float]]:
     """Median milliseconds of each stage of a pass, and of all that is in none."""
-    wait = torch.cuda.synchronize if next(predictor.model.parameters()).is_cuda else lambda: None
+    network = predictor.prepared
+    wait = torch.cuda.synchronize if next(network.parameters()).is_cuda else lambda: None
     times: dict[str, list[float]] = {name: [] for name in (*MODULES, *FUNCTIONS, "all")}
 
     def timed(name: str, call: Callable) -> Callable:
@@ -236,7 +253,7 @@ def shares(predictor: Predictor, run: Predict, rounds: int) -> list[tuple[str, f
 
     with ExitStack() as patches:
         for name in MODULES:
-            module = getattr(predictor.model, name)
+            module = getattr(network, name)
             patches.enter_context(mock.patch.object(module, "forward", timed(name, module.forward)))
         for name in FUNCTIONS:
             patches.enter_context(mock.patch.object(system, name, timed(name, getattr(system, name))))
@@ -265,11 +282,18 @@ def table(options: argparse.Namespace) -> str:
     photo = cv2.resize(read_photo(photo_path(options)), (WIDTH, HEIGHT), interpolation=cv2.INTER_LINEAR)
     ours, theirs = Ours(options, photo), MaskRCNN(options, photo)
     fp32, bf16 = ours.load("test.precision=fp32"), ours.load("test.precision=bf16")
+    on_cuda = options.device == "cuda"
+    recorded = ours.load("test.precision=bf16", "test.cuda_graph=true") if on_cuda else bf16
+    alone = ("panoptic",)
     runs: dict[str, tuple[Predict, float | None]] = {
         "UPSNet-50, fp32": (ours.predict(fp32), ours.gflop),
         "UPSNet-50, bf16": (ours.predict(bf16), ours.gflop),
-        "UPSNet-50, fp32, the panoptic map alone": (ours.predict(fp32), None),
-        "UPSNet-50, bf16, the panoptic map alone": (ours.predict(bf16), None),
+        "UPSNet-50, fp32, the panoptic map alone": (ours.predict(fp32, alone), None),
+        "UPSNet-50, bf16, the panoptic map alone": (ours.predict(bf16, alone), None),
+        f"the same from a tensor{', as a CUDA graph' if on_cuda else ''}": (
+            ours.predict_tensor(recorded, "bf16"),
+            None,
+        ),
         "torchvision Mask R-CNN R50-FPN, fp32": (theirs.predict, theirs.gflop),
     }
     other = mask2former(options, photo)
@@ -278,7 +302,7 @@ def table(options: argparse.Namespace) -> str:
     check_counts(fp32, runs["UPSNet-50, fp32"][0])
     times = medians([run for run, _ in runs.values()], options.rounds, options.device)
     reference = times[list(runs).index("torchvision Mask R-CNN R50-FPN, fp32")]
-    device = torch.cuda.get_device_name() if options.device == "cuda" else processor()
+    device = torch.cuda.get_device_name() if on_cuda else processor()
     dtypes = (torch.float32, torch.bfloat16)
     lines = [
         "# From a photo to its panoptic result",

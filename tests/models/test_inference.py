@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+import upsnet
 from tests.models.small import SAMPLES, small_network, training_batch
 from upsnet.engine.precision import autocast
 from upsnet.models.inference import prepare
@@ -102,3 +103,19 @@ def test_predictions_in_bf16():
         found = prepare(network, torch.bfloat16)(batch)
     for ours, theirs in zip(found, network(batch), strict=True):
         assert np.mean(ours.semantic_map == theirs.semantic_map) > 0.97
+
+
+def test_bf16_on_a_real_photo(shared):
+    """A real backbone; the heads are untrained, so that many classes nearly tie: a hard case."""
+    weights = shared("data/resnet50_imagenet") / "resnet50_caffe_imagenet_fp16.pth"
+    photo = shared("data/coco_mini") / "images/train2017/000000000025.jpg"
+    changes = {
+        "network.pretrained": str(weights), "network.pretrained_convention": "caffe", "test.scales": [320],
+        "test.panoptic_stuff_area_limit": 0,
+    }  # fmt: skip
+    single, half = (
+        upsnet.load("upsnet_resnet50_coco_16gpu", None, "cpu", changes | {"test.precision": precision}).predict(photo)
+        for precision in ("fp32", "bf16")
+    )
+    assert len(single.segments) > 20
+    assert np.mean(single.segment_map == half.segment_map) > 0.97

@@ -52,7 +52,7 @@ class SemanticHead(nn.Module):
             score = F.conv2d(x, weight, self.score.bias if i == 0 else None)
             if i > 0:
                 score = F.interpolate(score, size=size, mode="bilinear", align_corners=False)
-            scores = score if scores is None else scores + score
+            scores = score if scores is None else scores.add_(score)
         assert scores is not None
         return scores.float()
 
