@@ -77,7 +77,7 @@ struct Grid {
   // Tiles of at most `largest` pixels. They are blocks, not runs of a row: the places that a block samples lie close
   // together, so that most of them are found in a core's second cache. Several small maps share a tile.
   static Grid of(const Tile& area, int64_t largest) {
-    const int64_t rows = least(area.rows, largest / least(area.columns, 16));
+    const int64_t rows = most(1, least(area.rows, largest / least(area.columns, 16)));
     const int64_t columns = least(area.columns, largest / rows);
     const int64_t maps = rows == area.rows && columns == area.columns ? most(1, largest / (rows * columns)) : 1;
     return {area, round_up(area.images, maps) / maps, round_up(area.rows, rows) / rows,
