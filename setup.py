@@ -3,7 +3,7 @@ package installs without them.
 
 `python setup.py build_ext --inplace` builds them beside upsnet/operators, whose `library.py` loads them;
 UPSNET_NATIVE=0 leaves them out. `_native` (CPU) and `_native_cuda` are written against LibTorch's stable ABI and need
-no Python symbol, so that one file serves every Python and every torch from 2.10 on; they are separate, because what is
+no Python symbol, so that one file serves every Python and every torch from 2.11 on; they are separate, because what is
 linked against torch's CUDA libraries does not load beside a torch without them. `_overlaps` is Cython and keeps to
 Python's limited API.
 
@@ -25,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 
 WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-unused-function"]
 LIMITED_API = ("Py_LIMITED_API", "0x030b0000")
-TORCH_API = ("TORCH_TARGET_VERSION", "0x020a000000000000")
+TORCH_API = ("TORCH_TARGET_VERSION", "0x020a000000000000")  # 2.10: the first whose ABI has all that is called
 COMPILE = ["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *WARNINGS]
 COMPILE_CUDA = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wno-psabi", "--threads=0"]
 PORTABLE_ARCH = "7.5+PTX"
@@ -60,7 +60,11 @@ def arch_flags(wanted: str) -> list[str]:
 
 
 class BuildWithCuda(build_ext):
-    """setuptools' build, which also compiles .cu files."""
+    """setuptools' build, which also compiles .cu files; the libraries side by side, which halves the time."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
 
     def build_extensions(self) -> None:
         toolkit = cuda_toolkit()
