@@ -63,7 +63,7 @@ def _load(name: str, operators: tuple[str, ...]) -> str:
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:  # damaged file, missing symbol; operators that torch refuses
-        return f"{path.name} does not load: {str(error).splitlines()[0]}"
+        return f"{path.name} does not load: {str(error.__cause__ or error).splitlines()[0]}"  # torch hides the cause
     missing = [operator for operator in operators if not hasattr(torch.ops.upsnet, operator)]
     return f"{path.name} is outdated: it lacks {', '.join(missing)}; build it again" if missing else ""
 
