@@ -24,8 +24,8 @@ GRAPHS = 4
 
 
 class CompiledDense:
-    """`torch.compile` of the dense part. From the second size on the sizes are variables; nothing is compiled a third
-    time. Where the compiler is missing or gives up, one warning says so and the plain part serves."""
+    """`torch.compile` of the dense part: for the first size, then once more for all others. Where the compiler is
+    missing or gives up, one warning says so and the plain part serves."""
 
     def __init__(self, dense: Dense) -> None:
         self._plain = dense
