@@ -39,7 +39,7 @@ class CompiledDense:
         except RuntimeError as error:
             # Of the compiler, most likely; if it is of the network, the plain part raises it again.
             features = self._plain(images, outputs)
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             logger.warning("test.compile: the network is not compiled and stays as it is (%s)", reason)
             self._run = self._plain
             return features
