@@ -247,6 +247,13 @@ def test_weights_that_are_loaded_later_count(tiny_run, photos):
     assert same(predictor.predict(photos[0]), before)
 
 
+@torch.inference_mode()
+def test_loaded_in_inference_mode(tiny_run, predictor, photos):
+    within = upsnet.load(tiny_run.recipe, weights=tiny_run.weights, device="cpu")
+    within.model.load_state_dict(predictor.model.state_dict())
+    assert same(within.predict(photos[0]), predictor.predict(photos[0]))
+
+
 def test_the_model_keeps_its_names_and_can_be_trained(tiny_run, photos):
     predictor = upsnet.load(tiny_run.recipe, weights=tiny_run.weights, device="cpu")
     predictor.predict(photos[0])

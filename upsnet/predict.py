@@ -248,6 +248,7 @@ def load(
     )
 
 
+@torch.inference_mode(False)  # within a caller's, tensors would not know that they were changed
 def load_predictor(recipe: Recipe, weights: Path | None = None, device: torch.device | None = None) -> Predictor:
     """`load` for a recipe that is already read."""
     device = builders.choose_device(recipe, device)
