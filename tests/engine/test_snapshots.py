@@ -173,6 +173,23 @@ def test_resume_that_does_not_fit(snapshots):
         resume(path, build_optimizer(network))
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_how_to_step_is_told_by_the_recipe_not_by_the_snapshot(snapshots, kind):
+    network = Toy()
+    optimizer = build_optimizer(network, kind)
+    if kind == "adamw":
+        for group in optimizer.param_groups:
+            group["fused"] = None  # as it was once
+    train(network, batches(4), optimizer, replace(OPTIONS, max_iteration=4), snapshots)
+    again = build_optimizer(network, kind, weight_decay=0.5)
+    options = [{name: value for name, value in group.items() if name != "params"} for group in again.param_groups]
+    start = resume(snapshots.path(4), again)
+    assert options == [{name: group[name] for name in group if name != "params"} for group in again.param_groups]
+    assert {group["kind"]: group["weight_decay"] for group in again.param_groups}["weight"] == 0.5
+    assert len(again.state) == len(list(network.parameters()))
+    train(network, batches(4, first_step=4), again, replace(OPTIONS, max_iteration=5), start=start)
+
+
 def test_another_seed_is_told(snapshots, caplog):
     network = Toy()
     optimizer = build_optimizer(network)

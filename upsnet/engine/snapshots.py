@@ -98,6 +98,9 @@ def resume(weights_path: Path, optimizer: torch.optim.Optimizer) -> ResumeState:
             f"{path} was written by {rest['optimizer_class']}, the recipe asks for {type(optimizer).__name__}: "
             f"resume with the same train.optimizer"
         )
+    # Decay, momentum and whether a step is one kernel are the recipe's to say; older snapshots know no fused AdamW.
+    for stored, own in zip(rest["optimizer"]["param_groups"], optimizer.param_groups, strict=False):
+        stored.update({name: value for name, value in own.items() if name != "params"})
     try:
         optimizer.load_state_dict(rest["optimizer"])
     except ValueError as error:
