@@ -205,6 +205,15 @@ def test_gradients_in_double(memory_format):
     assert torch.autograd.gradcheck(lambda *levels: pyramid_roi_align(levels, rois, 2), leaves, fast_mode=True)
 
 
+@pytest.mark.usefixtures("path")
+def test_gradients_of_gradients_are_refused():
+    features = [level.requires_grad_() for level in pyramid()]
+    pooled = pyramid_roi_align(features, random_rois(), 2)
+    (gradient, *_) = torch.autograd.grad(pooled.square().sum(), features, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward|differentiated twice"):
+        torch.autograd.grad(gradient.square().sum(), features)
+
+
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_thread_count_and_variant_change_no_bit(dtype, monkeypatch):

@@ -168,6 +168,11 @@ def register(
         torch.library.impl(f"upsnet::{operator}", "CUDA")(triton)
 
 
+def differentiated_once(ctx: Any, *gradients: Tensor) -> None:
+    """The gradient of an operator that is a gradient itself. Without it torch warns, and gives zeros."""
+    raise NotImplementedError("a native operator cannot be differentiated twice, as torchvision's cannot")
+
+
 def _cast(operator: str, device: str, autocast: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         cast = autocast(torch.get_autocast_dtype(device), *arguments)

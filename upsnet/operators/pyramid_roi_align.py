@@ -127,4 +127,4 @@ def _in_autocast(dtype: torch.dtype, features: Sequence[Tensor], rois: Tensor, *
 
 
 library.register("pyramid_roi_align", _shape, _gradient, _save_for_backward, _in_autocast)
-library.register("pyramid_roi_align_backward", _shape_of_gradients)
+library.register("pyramid_roi_align_backward", _shape_of_gradients, library.differentiated_once)
