@@ -210,7 +210,7 @@ def test_gradients_of_gradients_are_refused():
     features = [level.requires_grad_() for level in pyramid()]
     pooled = pyramid_roi_align(features, random_rois(), 2)
     (gradient, *_) = torch.autograd.grad(pooled.square().sum(), features, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward|differentiated twice"):
+    with pytest.raises(RuntimeError, match=r"double backward|differentiated twice"):
         torch.autograd.grad(gradient.square().sum(), features)
 
 
