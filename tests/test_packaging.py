@@ -1,5 +1,6 @@
 """`python -m build`: a complete sdist, and a wheel from it that works where the tree is not."""
 
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -7,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
 
 from upsnet.operators import library
 
@@ -62,3 +64,13 @@ def test_wheel_works_alone(built, tmp_path):
     checked = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert library.describe() in checked.stdout
+
+
+def test_architectures_are_those_that_were_asked_for(monkeypatch):
+    """As torch's own extensions read TORCH_CUDA_ARCH_LIST."""
+    monkeypatch.setenv("UPSNET_NATIVE", "0")
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    arch_flags = runpy.run_path(str(ROOT / "setup.py"))["arch_flags"]
+    ampere, hopper = "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"
+    assert arch_flags("8.0;9.0a") == arch_flags("8.0 9.0a") == [ampere, hopper]
+    assert arch_flags("8.0+PTX") == [ampere, "-gencode=arch=compute_80,code=compute_80"]
