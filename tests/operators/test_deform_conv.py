@@ -34,6 +34,7 @@ BIG_SHAPES = [
     (1, 130, 9, 31, 129, (3, 3), (1, 1), (1, 1), (1, 1), 1, False),
     (3, 66, 50, 21, 70, (3, 3), (1, 1), (1, 1), (1, 1), 2, True, 2),
     (2, 24, 19, 33, 48, (3, 3), (1, 1), (1, 1), (1, 1), 1, False, 24),
+    (1, 5, 120, 101, 4, (3, 3), (1, 1), (1, 1), (1, 1), 1, False),  # several parts in the backward pass
 ]
 
 
@@ -126,9 +127,12 @@ def test_gradients_in_double(shape, kind):
 
 
 @needs_native
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", ["random", "far"])
 @pytest.mark.parametrize("shape", BIG_SHAPES)
-def test_thread_count_changes_no_bit(shape):
-    arguments, options = make_case(shape)
+def test_thread_count_changes_no_bit(shape, kind, variant, monkeypatch):
+    monkeypatch.setenv("UPSNET_NATIVE_CPU", variant)
+    arguments, options = make_case(shape, kind)
     before = torch.get_num_threads()
     results = []
     try:

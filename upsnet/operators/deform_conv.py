@@ -8,6 +8,7 @@ import torchvision
 from torch import Tensor
 
 from upsnet.operators import library
+from upsnet.operators.images import empty_images
 
 Pair = int | tuple[int, int]
 HALVES = (torch.bfloat16, torch.float16)
@@ -162,11 +163,6 @@ def _out_size(size: Any, kernel: Any, stride: int, padding: int, dilation: int) 
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _dense_format(tensor: Tensor) -> torch.memory_format:
-    channels_last = not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
 def _shape(
     input: Tensor,
     offset: Tensor,
@@ -178,7 +174,7 @@ def _shape(
     dilation: Sequence[int],
 ) -> Tensor:
     size = [_out_size(input.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in range(2)]
-    return input.new_empty(input.shape[0], weight.shape[0], *size).to(memory_format=_dense_format(input))
+    return empty_images(input, (input.shape[0], weight.shape[0], *size))
 
 
 def _shape_of_gradients(
@@ -193,7 +189,7 @@ def _shape_of_gradients(
 ) -> tuple[Tensor, ...]:
     mask_shape = mask.shape if mask is not None else (input.shape[0], 0, *offset.shape[2:])
     return (
-        input.new_empty(input.shape).to(memory_format=_dense_format(input)),
+        empty_images(input, input.shape),
         offset.new_empty(offset.shape),
         input.new_empty(weight.shape),
         input.new_empty(weight.shape[0]),

@@ -13,6 +13,7 @@
 
 #include "deform_kernels.h"
 #include "memory.h"
+#include "shared/images.h"
 
 namespace upsnet {
 
@@ -85,10 +86,9 @@ Deform<T, S> geometry(const Tensor& input, const Tensor& offset, const Tensor& w
   return d;
 }
 
-inline Tensor empty_images(const Tensor& like, const Ints& shape, bool channels_last) {
-  const auto format =
-      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
-  Tensor images = torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
+// For results that are written once, and may be large.
+inline Tensor fresh_images(const Tensor& like, const Ints& shape, bool channels_last) {
+  Tensor images = empty_images(like, shape, like.scalar_type(), channels_last);
   advise_large_pages(images.mutable_data_ptr(), images.numel() * images.element_size());
   return images;
 }
@@ -105,24 +105,17 @@ Plane<S> plane(S* data, int64_t channels, int64_t height, int64_t width, bool ch
   return {data, channels * height * width, width * pixel, pixel, channels_last ? 1 : height * width};
 }
 
-// Memory format of a dense 4-d tensor; anything else is copied to NCHW first.
-inline Tensor dense(const Tensor& tensor, bool& is_channels_last) {
-  const int64_t c = tensor.size(1), h = tensor.size(2), w = tensor.size(3);
-  is_channels_last = !tensor.is_contiguous() && tensor.stride(1) == 1 && tensor.stride(3) == c &&
-      tensor.stride(2) == w * c && tensor.stride(0) == h * w * c;
-  return is_channels_last ? tensor : torch::stable::contiguous(tensor);
-}
-
 // Items per thread worth waking one for, if each item moves `size` values.
 inline int64_t grain(int64_t size) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, size)); }
 
-// A dense tensor with its channels innermost.
+// The same images dense, with their channels innermost.
 template <class S>
-Tensor channels_last(const Tensor& tensor, bool is_channels_last) {
-  if (is_channels_last) return tensor;
+Tensor channels_last(const Tensor& tensor) {
+  if (is_channels_last(tensor)) return tensor;
+  const Tensor source = torch::stable::contiguous(tensor);
   const int64_t n = tensor.size(0), c = tensor.size(1), h = tensor.size(2), w = tensor.size(3);
-  const Tensor result = empty_images(tensor, {n, c, h, w}, true);
-  const Plane<S> from = plane(const_cast<S*>(values_of<S>(tensor)), c, h, w, false);
+  const Tensor result = fresh_images(tensor, {n, c, h, w}, true);
+  const Plane<S> from = plane(const_cast<S*>(values_of<S>(source)), c, h, w, false);
   torch::stable::parallel_for(0, n * h, grain(w * c), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       move_tile<false>(from, Tile{row / h, row % h, 0, 1, 1, w}, c, target_of<S>(result) + row * w * c, c);

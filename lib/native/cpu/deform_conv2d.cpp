@@ -53,14 +53,13 @@ int64_t tile_size(int64_t pixels, int64_t rows) {
 template <class T, class S>
 Tensor forward(const Tensor& input, const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
                const std::optional<Tensor>& mask, const Ints& stride, const Ints& padding, const Ints& dilation) {
-  bool is_channels_last = false;
-  const Tensor given = dense(input, is_channels_last), source = channels_last<S>(given, is_channels_last);
-  const Tensor kernel = torch::stable::contiguous(weight);
+  const bool innermost = is_channels_last(input);  // the channels, and so in the result
+  const Tensor source = channels_last<S>(input), kernel = torch::stable::contiguous(weight);
   const Entry<T, S>& use = entry<T, S>();
   ForwardTask<T, S> task{};
   task.d = geometry<T, S>(source, offset, kernel, mask, stride, padding, dilation);
   const Deform<T, S>& d = task.d;
-  Tensor output = empty_images(input, {d.images, d.outputs, d.out_height, d.out_width}, is_channels_last);
+  Tensor output = fresh_images(input, {d.images, d.outputs, d.out_height, d.out_width}, innermost);
   if (d.pixels() == 0 || d.outputs == 0) return output;
 
   const Zeros<S> packed = pack_weight<S>(kernel, d.weight_groups, use.panel, use.factors, true);
@@ -75,7 +74,7 @@ Tensor forward(const Tensor& input, const Tensor& offset, const Tensor& weight, 
   }
   task.bias = padded_bias.get();
   task.weight = packed.get();
-  task.output = plane(target_of<S>(output), d.outputs, d.out_height, d.out_width, is_channels_last);
+  task.output = plane(target_of<S>(output), d.outputs, d.out_height, d.out_width, innermost);
   task.tile = tile_size(d.pixels(), use.rows);
   task.grid = Grid::of(d.whole_output(), task.tile);
   torch::stable::parallel_for(0, task.grid.count(), 1, [&](int64_t begin, int64_t end) {

@@ -1,8 +1,9 @@
 // upsnet::deform_conv2d_backward on the CPU. The output is cut into parts whose number depends on the shape alone, each
 // part sums its gradients privately, and the parts are added in a fixed order. So the result is bitwise the same for any
 // number of threads. A part's private input gradient covers only the rows that its offsets reach; parts whose rows do
-// not overlap sum straight into the result.
+// not overlap sum straight into the result. The others' sums lie in memory that a thread uses again and again.
 
+#include <atomic>
 #include <bit>
 #include <tuple>
 #include <type_traits>
@@ -46,16 +47,19 @@ const Entry<T>& entry() {
   }
 }
 
-template <class T>
 struct Part {
   Tile area;
   int64_t first_row, last_row;  // of the input, images one below the other: what its offsets reach
-  bool direct;                  // its input gradient goes straight into the result
-  Zeros<T> input, weight, bias;
+  int64_t layer;                // no two parts of a layer overlap; layer 0 sums straight into the result
+
+  bool overlaps(const Part& other) const { return first_row < other.last_row && other.first_row < last_row; }
 };
 
+// Sums of weight and bias gradients, by part.
 template <class T>
-using Parts = std::vector<Part<T>>;
+struct WeightSums {
+  std::vector<Zeros<T>> weight, bias;
+};
 
 // Rows [first, last) of the input, images one below the other, that an area of the output reaches.
 template <class T>
@@ -83,40 +87,66 @@ Grid part_grid(const Deform<T, T>& d) {
   return {d.whole_output(), d.pixels() == 0 ? 0 : along_images, along_rows, 1};
 }
 
+// In ascending layers.
 template <class T>
-Parts<T> make_parts(const Deform<T, T>& d, const Entry<T>& use) {
+std::vector<Part> make_parts(const Deform<T, T>& d) {
   const Grid grid = part_grid(d);
-  std::vector<std::pair<int64_t, int64_t>> rows(grid.count());
+  std::vector<Part> parts(grid.count());
   torch::stable::parallel_for(0, grid.count(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) rows[i] = reached_rows(d, grid.tile(i));
+    for (int64_t i = begin; i < end; ++i) {
+      const auto [first, last] = reached_rows(d, grid.tile(i));
+      parts[i] = {grid.tile(i), first, last, 0};
+    }
   });
-  Parts<T> parts;
-  int64_t free_row = 0;
-  for (int64_t i = 0; i < grid.count(); ++i) {
-    const auto [first, last] = rows[i];
-    const bool direct = first >= free_row;
-    if (direct) free_row = last;
-    parts.push_back({grid.tile(i), first, last, direct, Zeros<T>(direct ? 0 : (last - first) * d.width * d.channels),
-                     Zeros<T>(d.taps() * d.weight_groups * use.weight_rows(d) * use.weight_row(d)),
-                     Zeros<T>(d.outputs)});
+  std::vector<int64_t> free_row;  // by layer
+  for (Part& part : parts) {
+    const auto found = std::find_if(free_row.begin(), free_row.end(), [&](int64_t row) { return row <= part.first_row; });
+    part.layer = found - free_row.begin();
+    if (found == free_row.end()) free_row.push_back(part.last_row);
+    else *found = part.last_row;
   }
+  std::stable_sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.layer < b.layer; });
   return parts;
 }
 
-// `grad_input`: zeros, channels last.
+// `grad_input`: zeros, channels last. The threads take the parts in their order; a part of a later layer is added when
+// those before it are, which are further on: they are done, or were taken earlier.
 template <class T>
-Parts<T> sum_parts(const BackwardTask<T>& task, const Entry<T>& use, T* grad_input) {
-  Parts<T> parts = make_parts(task.d, use);
-  torch::stable::parallel_for(0, int64_t(parts.size()), 1, [&](int64_t begin, int64_t end) {
-    const Zeros<T> scratch(use.scratch(task.d));
-    for (int64_t i = begin; i < end; ++i) {
-      const Part<T>& part = parts[i];
-      const PartSums<T> sums = {part.direct ? grad_input : part.input.get(), part.direct ? 0 : part.first_row,
-                                part.weight.get(), part.bias.get()};
-      use.run(task, part.area, sums, scratch.get());
+WeightSums<T> sum_parts(const BackwardTask<T>& task, const Entry<T>& use, T* grad_input) {
+  const Deform<T, T>& d = task.d;
+  const std::vector<Part> parts = make_parts(d);
+  const int64_t count = parts.size(), row_size = d.width * d.channels;
+  WeightSums<T> sums;
+  int64_t most_rows = 0;
+  for (const Part& part : parts) {
+    sums.weight.emplace_back(d.taps() * d.weight_groups * use.weight_rows(d) * use.weight_row(d));
+    sums.bias.emplace_back(d.outputs);
+    if (part.layer > 0) most_rows = std::max(most_rows, part.last_row - part.first_row);
+  }
+  std::atomic<int64_t> next = 0;
+  std::vector<std::atomic<bool>> added(count);
+  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const Zeros<T> scratch(use.scratch(d)), rows(most_rows * row_size);
+    for (int64_t i = next++; i < count; i = next++) {
+      const Part& part = parts[i];
+      const bool direct = part.layer == 0;
+      const int64_t size = (part.last_row - part.first_row) * row_size;
+      if (!direct) std::fill_n(rows.get(), size, T(0));
+      const PartSums<T> target = {direct ? grad_input : rows.get(), direct ? 0 : part.first_row,
+                                  sums.weight[i].get(), sums.bias[i].get()};
+      use.run(task, part.area, target, scratch.get());
+      if (!direct) {
+        for (int64_t j = 0; j < i; ++j)
+          if (parts[j].overlaps(part)) added[j].wait(false);
+        T* to = grad_input + part.first_row * row_size;
+        for (int64_t k = 0; k < size; ++k) to[k] += rows.get()[k];
+      }
+      added[i] = true;
+      added[i].notify_all();
     }
   });
-  return parts;
+  return sums;
 }
 
 // Runs `each` for every row of the input, images one below the other.
@@ -128,20 +158,7 @@ void each_input_row(const Deform<T, T>& d, const F& each) {
 }
 
 template <class T>
-void add_inputs(const Deform<T, T>& d, const Parts<T>& parts, T* grad_input) {
-  const int64_t row_size = d.width * d.channels;
-  each_input_row(d, [&](int64_t row) {
-    T* sum = grad_input + row * row_size;
-    for (const auto& part : parts) {
-      if (part.direct || row < part.first_row || row >= part.last_row) continue;
-      const T* from = part.input.get() + (row - part.first_row) * row_size;
-      for (int64_t i = 0; i < row_size; ++i) sum[i] += from[i];
-    }
-  });
-}
-
-template <class T>
-void add_weights(const Deform<T, T>& d, const Entry<T>& use, const Parts<T>& parts, T* grad_weight, T* grad_bias) {
+void add_weights(const Deform<T, T>& d, const Entry<T>& use, const WeightSums<T>& sums, T* grad_weight, T* grad_bias) {
   const int64_t taps = d.taps(), channels = d.group_channels(), row = use.weight_row(d);
   const int64_t group_size = use.weight_rows(d) * row;
   torch::stable::parallel_for(0, d.outputs, grain(channels * taps), [&](int64_t begin, int64_t end) {
@@ -150,14 +167,14 @@ void add_weights(const Deform<T, T>& d, const Entry<T>& use, const Parts<T>& par
       const int64_t group = o / d.group_outputs(), at = o % d.group_outputs() * row;
       for (int64_t tap = 0; tap < taps; ++tap) {
         std::fill(sum.begin(), sum.end(), T(0));
-        for (const auto& part : parts) {
-          const T* from = part.weight.get() + (tap * d.weight_groups + group) * group_size + at;
+        for (const Zeros<T>& weight : sums.weight) {
+          const T* from = weight.get() + (tap * d.weight_groups + group) * group_size + at;
           for (int64_t c = 0; c < channels; ++c) sum[c] += from[c];
         }
         for (int64_t c = 0; c < channels; ++c) grad_weight[(o * channels + c) * taps + tap] = sum[c];
       }
       grad_bias[o] = T(0);
-      for (const auto& part : parts) grad_bias[o] += part.bias.get()[o];
+      for (const Zeros<T>& bias : sums.bias) grad_bias[o] += bias.get()[o];
     }
   });
 }
@@ -167,9 +184,9 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 template <class T>
 Gradients backward(const Tensor& grad, const Tensor& input, const Tensor& offset, const Tensor& weight,
                    const std::optional<Tensor>& mask, const Ints& stride, const Ints& padding, const Ints& dilation) {
-  bool is_channels_last = false, grad_is_channels_last = false;
-  const Tensor given = dense(input, is_channels_last), source = channels_last<T>(given, is_channels_last);
-  const Tensor upstream = dense(grad, grad_is_channels_last), kernel = torch::stable::contiguous(weight);
+  const bool innermost = is_channels_last(input);  // the channels, and so in the result
+  const Tensor source = channels_last<T>(input), upstream = channels_last<T>(grad);
+  const Tensor kernel = torch::stable::contiguous(weight);
   const Entry<T>& use = entry<T>();
   BackwardTask<T> task{};
   task.d = geometry<T, T>(source, offset, kernel, mask, stride, padding, dilation);
@@ -178,31 +195,29 @@ Gradients backward(const Tensor& grad, const Tensor& input, const Tensor& offset
                       grad.size(3) == d.out_width && grad.scalar_type() == input.scalar_type(),
                   "deform_conv2d: the gradient has the wrong shape or dtype");
   const int64_t samples = d.offset_groups * d.taps(), row_size = d.width * d.channels;
-  Tensor grad_input = empty_images(input, {d.images, d.channels, d.height, d.width}, is_channels_last);
-  Tensor grad_offset = empty_images(input, {d.images, 2 * samples, d.out_height, d.out_width}, false);
-  Tensor grad_weight = empty_images(input, {d.outputs, d.group_channels(), d.kernel_h, d.kernel_w}, false);
-  Tensor grad_mask = empty_images(input, {d.images, mask ? samples : 0, d.out_height, d.out_width}, false);
+  Tensor grad_input = fresh_images(input, {d.images, d.channels, d.height, d.width}, innermost);
+  Tensor grad_offset = fresh_images(input, {d.images, 2 * samples, d.out_height, d.out_width}, false);
+  Tensor grad_weight = fresh_images(input, {d.outputs, d.group_channels(), d.kernel_h, d.kernel_w}, false);
+  Tensor grad_mask = fresh_images(input, {d.images, mask ? samples : 0, d.out_height, d.out_width}, false);
   Tensor grad_bias = torch::stable::new_empty(input, {d.outputs});
 
   const Zeros<T> packed = pack_weight<T>(kernel, d.weight_groups, use.panel, 1, false);
   task.weight = packed.get();
-  task.grad_output = plane(const_cast<T*>(values_of<T>(upstream)), d.outputs, d.out_height, d.out_width,
-                           grad_is_channels_last);
+  task.grad_output = plane(const_cast<T*>(values_of<T>(upstream)), d.outputs, d.out_height, d.out_width, true);
   task.grad_offset = target_of<T>(grad_offset);
   task.grad_mask = mask ? target_of<T>(grad_mask) : nullptr;
-  const Zeros<T> spare(is_channels_last ? 0 : d.images * d.height * row_size);
-  T* const rows = is_channels_last ? target_of<T>(grad_input) : spare.get();
-  if (is_channels_last) each_input_row(d, [&](int64_t row) { std::fill_n(rows + row * row_size, row_size, T(0)); });
-  const Parts<T> parts = sum_parts(task, use, rows);
-  add_inputs(d, parts, rows);
-  if (!is_channels_last) {
+  const Zeros<T> spare(innermost ? 0 : d.images * d.height * row_size);
+  T* const rows = innermost ? target_of<T>(grad_input) : spare.get();
+  if (innermost) each_input_row(d, [&](int64_t row) { std::fill_n(rows + row * row_size, row_size, T(0)); });
+  const WeightSums<T> sums = sum_parts(task, use, rows);
+  if (!innermost) {
     const Plane<T> result = plane(target_of<T>(grad_input), d.channels, d.height, d.width, false);
     each_input_row(d, [&](int64_t row) {
       const Tile tile = {row / d.height, row % d.height, 0, 1, 1, d.width};
       move_tile<true>(result, tile, d.channels, rows + row * row_size, d.channels);
     });
   }
-  add_weights(d, use, parts, target_of<T>(grad_weight), target_of<T>(grad_bias));
+  add_weights(d, use, sums, target_of<T>(grad_weight), target_of<T>(grad_bias));
   return {grad_input, grad_offset, grad_weight, grad_bias, grad_mask};
 }
 
