@@ -64,10 +64,9 @@ class DeformConv2d(nn.Module):
         zero_bias(self.offset)
 
     def forward(self, input: Tensor) -> Tensor:
-        offset = self.offset(input)
-        # Sampling positions need more than eight bits of mantissa, so autocast stops here.
-        with torch.autocast(input.device.type, enabled=False):
-            return deform_conv2d(input.float(), offset.float(), self.weight, self.bias, self.stride, self.padding)
+        # In half precision the offsets are rounded, relative to their own size; the places that they are added to are
+        # not. Offsets from a convolution in float32 would cost a quarter of the time and halve a small error.
+        return deform_conv2d(input, self.offset(input), self.weight, self.bias, self.stride, self.padding)
 
 
 class FusedConv(nn.Module):
