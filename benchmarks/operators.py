@@ -57,7 +57,8 @@ DEFORM_CASES = [
     (8, 64, 64, 6, 8),
 ]
 NMS_CASES = [(100, 0.5), (1000, 0.5), (2000, 0.7), (6000, 0.5), (6000, 0.7), (12000, 0.7)]
-Row = tuple[str, float, float, float | None]
+Row = tuple[str, float, float, float | None] | tuple[str, float, float, float | None, float]
+"""Case; milliseconds of ours, the other's and the plain operator's; GFLOP of the case, where they say something."""
 
 
 def medians(contestants: list[Callable[[], object]], rounds: int, device: str = "cpu") -> list[float]:
@@ -84,10 +85,10 @@ def torchvisions_deform_conv2d(dtype: torch.dtype, device: str) -> tuple[Callabl
             *(torch.zeros(shape, dtype=dtype, device=device) for shape in ((1, 1, 1, 1), (1, 2, 1, 1), (1, 1, 1, 1)))
         )
     except RuntimeError:
-        return lambda x, offset, weight, padding: operator(
-            x.float(), offset.float(), weight.float(), padding=padding
-        ).to(dtype), ", torchvision casts to float32"
-    return lambda x, offset, weight, padding: operator(x, offset.to(dtype), weight, padding=padding), ""
+        return lambda x, offset, weight, **options: operator(x.float(), offset.float(), weight.float(), **options).to(
+            dtype
+        ), ", torchvision casts to float32"
+    return lambda x, offset, weight, **options: operator(x, offset.to(dtype), weight, **options), ""
 
 
 def deform_rows(
@@ -96,31 +97,40 @@ def deform_rows(
     rounds: int,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    modulated: bool = False,
 ) -> Iterator[Row]:
+    """A 3×3 convolution; `modulated`: with stride 2, dilation 2, mask and four offset groups."""
     images, channels, outputs, height, width = case
+    step, groups = (2, 4) if modulated else (1, 1)
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(images, channels, height, width, generator=draw).contiguous(memory_format=memory_format)
-    offset = (torch.randn(images, 18, height, width, generator=draw) * 2).to(device)
+    size = (height // step, width // step)
+    offset = (torch.randn(images, 18 * groups, *size, generator=draw) * 2).to(device)
+    mask = torch.rand(images, 9 * groups, *size, generator=draw).to(device)
     weight = torch.randn(outputs, channels, 3, 3, generator=draw)
-    upstream = torch.randn(images, outputs, height, width, generator=draw).contiguous(memory_format=memory_format)
+    upstream = torch.randn(images, outputs, *size, generator=draw).contiguous(memory_format=memory_format)
     x, weight, upstream = (tensor.to(device, dtype) for tensor in (x, weight, upstream))
     leaves = [tensor.requires_grad_() for tensor in (x, offset, weight)]
     theirs, note = torchvisions_deform_conv2d(dtype, device)
+    plain = {"stride": step, "padding": step, "dilation": step}
+    options = {**plain, "mask": mask} if modulated else plain
     calls = [
-        lambda: deform_conv2d(x, offset, weight, padding=1),
-        lambda: theirs(x, offset, weight, padding=1),
-        lambda: torch.nn.functional.conv2d(x, weight, padding=1),
+        lambda: deform_conv2d(x, offset, weight, **options),
+        lambda: theirs(x, offset, weight, **options),
+        lambda: torch.nn.functional.conv2d(x, weight, **plain),
     ]
 
     def and_backward(call: Callable[[], torch.Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(call(), leaves, upstream, allow_unused=True)
 
     layout = "channels-last" if memory_format == torch.channels_last else "contiguous"
-    name = f"deform_conv2d {images}×{channels}→{outputs}, {height}×{width}, {layout}, {str(dtype)[6:]}{note}"
+    kind = ", stride 2, dilation 2, mask, 4 offset groups" if modulated else ""
+    name = f"deform_conv2d {images}×{channels}→{outputs}, {height}×{width}{kind}, {layout}, {str(dtype)[6:]}{note}"
+    work = 2e-9 * images * size[0] * size[1] * outputs * channels * 9
     with torch.no_grad():
-        yield (f"{name}, forward", *medians(calls, rounds, device))
+        yield (f"{name}, forward", *medians(calls, rounds, device), work)
     backwards = [and_backward(call) for call in calls]
-    yield (f"{name}, forward + backward", *medians(backwards, max(3, rounds // 2), device))
+    yield (f"{name}, forward + backward", *medians(backwards, max(3, rounds // 2), device), 3 * work)
 
 
 @contextlib.contextmanager
@@ -145,8 +155,8 @@ def deform_rows_on_cuda(case: tuple[int, ...], rounds: int) -> Iterator[Row]:
         (torch.float16, "ieee"),
     ):
         with products_in(precision):
-            for name, *times in deform_rows(case, torch.channels_last, rounds, "cuda", dtype):
-                yield (f"{name}, TF32" if precision == "tf32" else name, *times)
+            for name, *figures in deform_rows(case, torch.channels_last, rounds, "cuda", dtype):
+                yield (f"{name}, TF32" if precision == "tf32" else name, *figures)
 
 
 def nms_rows(count: int, threshold: float, rounds: int, device: str = "cpu") -> Iterator[Row]:
@@ -299,6 +309,10 @@ def all_rows(rounds: int, device: str) -> Iterator[Row]:
         else:
             for memory_format in (torch.channels_last, torch.contiguous_format):
                 yield from deform_rows(case, memory_format, rounds)
+    if device == "cpu":
+        for memory_format in (torch.channels_last, torch.contiguous_format):
+            yield from deform_rows((2, *DEFORM_CASES[0][1:]), memory_format, rounds, modulated=True)
+        yield from deform_rows(DEFORM_CASES[0], torch.channels_last, rounds, dtype=torch.bfloat16)
     for count, threshold in NMS_CASES:
         yield from nms_rows(count, threshold, rounds, device)
     yield from roi_align_rows(rounds, device)
@@ -315,6 +329,27 @@ def processor() -> str:
     return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def matrix_rates(rounds: int, device: str) -> str:
+    """What the machine multiplies at, for scale: GFLOP/s of `torch.mm` and of a plain convolution."""
+    rates = []
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.randn(4864, 2304).to(device, dtype), torch.randn(2304, 256).to(device, dtype)
+        x = torch.randn(1, 256, 200, 304).to(device, dtype).contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(256, 256, 3, 3).to(device, dtype)
+        times = medians(
+            [
+                functools.partial(torch.mm, left, right),
+                functools.partial(torch.nn.functional.conv2d, x, weight, padding=1),
+            ],
+            rounds,
+            device,
+        )
+        work = (2e-9 * 4864 * 2304 * 256, 2e-9 * 200 * 304 * 256 * 256 * 9)
+        each = [f"{flop / time * 1e3:.0f}" for flop, time in zip(work, times, strict=True)]
+        rates.append(f"{each[0]} by `torch.mm` and {each[1]} by a 3×3 `conv2d` in {str(dtype)[6:]}")
+    return f"GFLOP/s of this machine: {'; '.join(rates)}."
+
+
 def table(rounds: int, device: str) -> str:
     on = torch.cuda.get_device_name() if device == "cuda" else f"{processor()}, {torch.get_num_threads()} threads"
     lines = [
@@ -325,13 +360,15 @@ def table(rounds: int, device: str) -> str:
         f"{describe()}.",
         f"Milliseconds, medians of {rounds} rounds (half for backward), contestants taking turns in one process;",
         "ratio = torchvision / ours. Plain = `conv2d` of equal size. Offsets are normal with deviation 2.",
+        f"GFLOP/s are ours. {matrix_rates(rounds, device)}",
         "",
-        "| case | ours | torchvision | ratio | plain |",
-        "|---|---|---|---|---|",
+        "| case | ours | torchvision | ratio | plain | GFLOP/s |",
+        "|---|---|---|---|---|---|",
     ]
-    for name, ours, theirs, plain in tqdm(all_rows(rounds, device), unit="row"):
-        last = "" if plain is None else f"{plain:.2f}"
-        lines.append(f"| {name} | {ours:.2f} | {theirs:.2f} | {theirs / ours:.1f} | {last} |")
+    for name, ours, theirs, plain, *work in tqdm(all_rows(rounds, device), unit="row"):
+        of_plain = "" if plain is None else f"{plain:.2f}"
+        rate = f"{work[0] / ours * 1e3:.0f}" if work else ""
+        lines.append(f"| {name} | {ours:.2f} | {theirs:.2f} | {theirs / ours:.1f} | {of_plain} | {rate} |")
     return "\n".join(lines) + "\n"
 
 
