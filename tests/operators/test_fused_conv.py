@@ -99,14 +99,14 @@ def test_gradients():
 
 @torch.no_grad()
 @pytest.mark.usefixtures("library")
-@pytest.mark.parametrize("rows", [0, 1, 7, 100])
+@pytest.mark.parametrize("rows", [0, 1, 7, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_linear(rows, dtype):
     draw = torch.Generator().manual_seed(rows)
     input, weight = torch.randn(rows, 60, generator=draw), torch.randn(9, 60, generator=draw).to(dtype)
     bias = torch.randn(9, generator=draw).to(dtype)
     found = fast_linear(input, weight, bias)
-    assert found.shape == (rows, 9) and found.dtype == dtype
+    assert found.shape == (rows, 9) and found.dtype == dtype and found.is_contiguous()
     expected = F.linear(input.to(dtype).double(), weight.double(), bias.double())
     tolerance = {"rtol": 0.02, "atol": 0.1} if dtype == torch.bfloat16 else nearly
     close(found.double(), expected, **tolerance)
@@ -121,9 +121,15 @@ def test_the_library_is_in_use_where_it_is_there(monkeypatch):
     assert fused_conv._library_fuses(torch.float32) and not fused_conv._library_fuses(torch.float64)
     monkeypatch.setattr(fused_conv, "_fused", lambda *given: seen.append(given[0].dtype))
     fused_conv2d(input, weight, bias)
-    fast_linear(input[0, 0], weight[:, 0, 0].new_ones(4, 5).requires_grad_())  # learns, so not by the library
+    many, few = torch.zeros(fused_conv.FEWEST_ROWS, 5), torch.zeros(fused_conv.FEWEST_ROWS - 1, 5)
+    ones = torch.ones(4, 5)
+    for rows, factors in ((few, ones), (many, ones.bfloat16()), (many, ones.clone().requires_grad_())):
+        fast_linear(rows, factors)  # slower by the library, and the last one learns
     fused_conv2d(input.double(), weight.double())
     assert seen == [torch.float32]
+    monkeypatch.setattr(fused_conv, "_fused", lambda input, *_: seen.append(input.stride()) or input)
+    fast_linear(many, ones)
+    assert seen[1] == (1280, 1, 5, 5), "else the library copies it"
 
 
 @pytest.mark.usefixtures("library")

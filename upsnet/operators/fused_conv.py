@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 Pair = tuple[int, int]
 
+FEWEST_ROWS = 256
+"""Fewer vectors do not repay that the library brings the weights into an order of its own, each time."""
+
 
 def fused_conv2d(
     input: Tensor,
@@ -49,14 +52,17 @@ def fused_conv2d(
 
 
 def fast_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` for R×K vectors, on the CPU as a 1×1 convolution: twice as fast there as a product of matrices.
+    """`F.linear` for R×K vectors; on the CPU, for many of them in float32, as a 1×1 convolution, almost twice as fast
+    as a product of matrices.
 
     The input is brought to the weight's dtype.
     """
     input = input.to(weight.dtype)
-    if not _library_takes(input, weight) or len(input) == 0:
+    many = len(input) >= FEWEST_ROWS and weight.dtype == torch.float32
+    if not many or not _library_takes(input, weight):
         return F.linear(input, weight, bias)
-    maps = input.t()[None, :, :, None]  # 1×K×R×1, channels-last as it lies
+    # 1×K×R×1; a dimension of size 1 at the end would hide from the library that it lies channels-last.
+    maps = input[None, :, None].permute(0, 3, 1, 2)
     return fused_conv2d(maps, weight[:, :, None, None], bias)[0, :, :, 0].t()
 
 
