@@ -32,6 +32,7 @@ def overrides(options: argparse.Namespace) -> list[str]:
         f"dataset.test_image_set={'train2017' if options.limit else 'val2017'}",
         "dataset.num_workers=1",
         f"network.pretrained={options.weights}",
+        "network.pretrained_convention=caffe",
         "network.pixel_means=[103.939,116.779,123.68]",  # those of this backbone
         f"output_path={options.output}",
         "train.optimizer=adamw",
