@@ -24,12 +24,12 @@ GRAPHS = 4
 
 
 class CompiledDense:
-    """`torch.compile` of the dense part: for the first size, then once more for all others. Where the compiler is
-    missing or gives up, one warning says so and the plain part serves."""
+    """`torch.compile` of the dense part, once for photos of all sizes; for other `outputs`, and for batches after single
+    photos, once more. Where the compiler is missing or gives up, one warning says so and the plain part serves."""
 
     def __init__(self, dense: Dense) -> None:
         self._plain = dense
-        self._run: Dense = torch.compile(dense)
+        self._run: Dense = torch.compile(dense, dynamic=True)
 
     def __call__(self, images: Tensor, outputs: frozenset[Output] = OUTPUTS) -> Features:
         if self._run is self._plain:

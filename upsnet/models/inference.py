@@ -28,8 +28,8 @@ def prepare(
 ) -> UPSNet:
     """A network that predicts what the given one predicts, faster. The given one stays as it is.
 
-    The new one shares the tensors that it can. It cannot learn, its weights have other names and shapes, and it does
-    not follow later changes of the given one's weights.
+    The new one shares the tensors that it can. It cannot learn, and its weights have other names and shapes. It follows
+    some later changes of the given one's weights and not others: after a change, prepare anew.
 
     Args:
         network: in evaluation mode, on its device.
