@@ -24,8 +24,8 @@ GRAPHS = 4
 
 
 class CompiledDense:
-    """`torch.compile` of the dense part, once for photos of all sizes; for other `outputs`, and for batches after single
-    photos, once more. Where the compiler is missing or gives up, one warning says so and the plain part serves."""
+    """`torch.compile` of the dense part, once for photos of all sizes; once more for other `outputs`, or for batches
+    after single photos. Where the compiler is missing or gives up, one warning says so and the plain part serves."""
 
     def __init__(self, dense: Dense) -> None:
         self._plain = dense
