@@ -329,6 +329,15 @@ def test_switched_off_gives_the_same_numbers(tmp_path):
     assert_all_close([torch.load(tmp_path / "out.pt")], [deform_conv2d(**arguments, **options)])
 
 
+def test_gradients_of_gradients_are_refused():
+    arguments, options = make_case(SHAPES[1])
+    input = arguments["input"].requires_grad_()
+    output = deform_conv2d(**arguments, **options)
+    (gradient,) = torch.autograd.grad(output.square().sum(), input, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"double backward|differentiated twice"):
+        torch.autograd.grad(gradient.square().sum(), input)
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not a library"])
 def test_missing_or_broken_library_steps_aside(content, tmp_path, monkeypatch):
     module = importlib.import_module("upsnet.operators.library")

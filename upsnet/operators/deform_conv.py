@@ -225,4 +225,4 @@ def _backward_in_triton(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 library.register("deform_conv2d", _shape, _gradient, _save_for_backward, _autocast, _forward_in_triton)
-library.register("deform_conv2d_backward", _shape_of_gradients, triton=_backward_in_triton)
+library.register("deform_conv2d_backward", _shape_of_gradients, library.differentiated_once, triton=_backward_in_triton)
