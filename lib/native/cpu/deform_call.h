@@ -51,13 +51,15 @@ inline void copy_strides(const Tensor& tensor, int64_t (&strides)[4]) {
 // `input` must be dense and channels last. The last line of defence: Python checks first, with better sentences.
 template <class T, class S>
 Deform<T, S> geometry(const Tensor& input, const Tensor& offset, const Tensor& weight,
-                      const std::optional<Tensor>& mask, const Ints& stride, const Ints& padding, const Ints& dilation) {
+                      const std::optional<Tensor>& mask, const Ints& stride, const Ints& padding,
+                      const Ints& dilation) {
   Deform<T, S> d{};
   d.images = input.size(0), d.channels = input.size(1), d.height = input.size(2), d.width = input.size(3);
   d.outputs = weight.size(0), d.kernel_h = weight.size(2), d.kernel_w = weight.size(3);
   d.stride_h = stride.at(0), d.stride_w = stride.at(1), d.pad_h = padding.at(0), d.pad_w = padding.at(1);
   d.dilation_h = dilation.at(0), d.dilation_w = dilation.at(1);
-  STD_TORCH_CHECK(d.stride_h > 0 && d.stride_w > 0 && d.taps() > 0, "deform_conv2d: stride and kernel must be positive");
+  STD_TORCH_CHECK(d.stride_h > 0 && d.stride_w > 0 && d.taps() > 0,
+                  "deform_conv2d: stride and kernel must be positive");
   d.out_height = (d.height + 2 * d.pad_h - d.dilation_h * (d.kernel_h - 1) - 1) / d.stride_h + 1;
   d.out_width = (d.width + 2 * d.pad_w - d.dilation_w * (d.kernel_w - 1) - 1) / d.stride_w + 1;
   STD_TORCH_CHECK(weight.size(1) > 0 && d.channels > 0 && d.channels % weight.size(1) == 0,

@@ -1,5 +1,5 @@
-// upsnet::deform_conv2d on the CPU: tiles of output pixels in parallel; a tile samples tap by tap and multiplies at once
-// (deform_kernels.h). No pixel's sum depends on the tile that it lies in, nor on the number of threads.
+// upsnet::deform_conv2d on the CPU: tiles of output pixels in parallel; a tile samples tap by tap and multiplies at
+// once (deform_kernels.h). No pixel's sum depends on the tile that it lies in, nor on the number of threads.
 
 #include <type_traits>
 

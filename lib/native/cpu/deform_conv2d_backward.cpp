@@ -1,7 +1,7 @@
 // upsnet::deform_conv2d_backward on the CPU. The output is cut into parts whose number depends on the shape alone, each
-// part sums its gradients privately, and the parts are added in a fixed order. So the result is bitwise the same for any
-// number of threads. A part's private input gradient covers only the rows that its offsets reach; parts whose rows do
-// not overlap sum straight into the result. The others' sums lie in memory that a thread uses again and again.
+// part sums its gradients privately, and the parts are added in a fixed order. So the result is bitwise the same for
+// any number of threads. A part's private input gradient covers only the rows that its offsets reach; parts whose rows
+// do not overlap sum straight into the result. The others' sums lie in memory that a thread uses again and again.
 
 #include <atomic>
 #include <bit>
@@ -100,7 +100,8 @@ std::vector<Part> make_parts(const Deform<T, T>& d) {
   });
   std::vector<int64_t> free_row;  // by layer
   for (Part& part : parts) {
-    const auto found = std::find_if(free_row.begin(), free_row.end(), [&](int64_t row) { return row <= part.first_row; });
+    const auto is_free = [&](int64_t row) { return row <= part.first_row; };
+    const auto found = std::find_if(free_row.begin(), free_row.end(), is_free);
     part.layer = found - free_row.begin();
     if (found == free_row.end()) free_row.push_back(part.last_row);
     else *found = part.last_row;

@@ -1,5 +1,5 @@
-// Deformable convolution, the inner loops. Sizes, layouts and the partition of the work are decided by the callers; what
-// is here works on one tile of output pixels (deform_tiles.h).
+// Deformable convolution, the inner loops. Sizes, layouts and the partition of the work are decided by the callers;
+// what is here works on one tile of output pixels (deform_tiles.h).
 //
 // All tile buffers are pixel-major (channels last) and padded with zeros to whole vectors and whole row blocks, so that
 // the matrix kernel has no tails.
@@ -39,7 +39,7 @@ template <class T>
 struct PartSums {
   T* input;          // rows [first_row, ...) of the flattened (image, row) axis, channels last
   int64_t first_row;
-  T* weight;         // [tap][group][output, padded to rows][channel, padded to lanes]
+  T* weight;         // [tap][group][output, padded to steps][channel, padded to panels]
   T* bias;           // [outputs]
 };
 
@@ -97,7 +97,7 @@ struct Kernel {
 #pragma GCC unroll 4
       for (int j = 0; j < VECTORS; ++j) {
         sum[i][j] = Vector{};
-        if (add) __builtin_prefetch(c + i * c_row + j * lanes, 1);  // it may lie far away, and is wanted at the end only
+        if (add) __builtin_prefetch(c + i * c_row + j * lanes, 1);  // it may lie far away; it is wanted at the end
       }
     for (int64_t p = 0; p < depth; ++p) {
       Factors right[VECTORS];
@@ -128,10 +128,12 @@ struct Kernel {
     int64_t i = 0;
     for (; i + ROWS <= rows; i += ROWS)
       for (int64_t j = 0; j < panels; ++j)
-        block<add, ROWS>(a + i * a_row, a_row, a_column, b + j * b_panel, b_row, c + i * c_row + j * panel, c_row, depth);
+        block<add, ROWS>(a + i * a_row, a_row, a_column, b + j * b_panel, b_row, c + i * c_row + j * panel, c_row,
+                         depth);
     for (; i < rows; i += step)
       for (int64_t j = 0; j < panels; ++j)
-        block<add, step>(a + i * a_row, a_row, a_column, b + j * b_panel, b_row, c + i * c_row + j * panel, c_row, depth);
+        block<add, step>(a + i * a_row, a_row, a_column, b + j * b_panel, b_row, c + i * c_row + j * panel, c_row,
+                         depth);
   }
 
   static UPSNET_INLINE Vector blend(const Corners<T>& at, const S* first, const S* second, const S* third,
@@ -292,7 +294,8 @@ struct Kernel {
   }
 
   // One part of the output into its private sums. `scratch` holds backward_scratch() zeros.
-  static UPSNET_INLINE void backward(const BackwardTask<T>& task, const Tile& part, const PartSums<T>& sums, T* scratch) {
+  static UPSNET_INLINE void backward(const BackwardTask<T>& task, const Tile& part, const PartSums<T>& sums,
+                                     T* scratch) {
     const Deform<T, T>& d = task.d;
     const int64_t row = columns_row(d), go_row = grads_row(d), rows = round_up(largest_tile, step);
     const int64_t wide = round_up(d.group_channels(), panel), panels = wide / panel, deep = d.group_outputs();
@@ -312,7 +315,8 @@ struct Kernel {
         // In ascending order: what a group's last panel writes beyond its channels, the next group overwrites.
         for (int64_t g = 0; g < d.weight_groups; ++g)
           multiply<false>(grads + g * deep, go_row, 1, task.weight + (tap * d.weight_groups + g) * wide * deep,
-                          panel * deep, panel, columns + g * d.group_channels(), row, round_up(count, step), panels, deep);
+                          panel * deep, panel, columns + g * d.group_channels(), row, round_up(count, step), panels,
+                          deep);
         scatter(task, sums, tile, tap, zeros, waste, columns, samples, row);
         for (int64_t g = 0; g < d.weight_groups; ++g)
           multiply<true>(grads + g * deep, 1, go_row, samples + g * d.group_channels(), panel, row,

@@ -100,7 +100,8 @@ struct Tap {
 
   template <class D>
   UPSNET_INLINE static Tap of(const D& d, int64_t tap, int64_t group) {
-    return {group * d.taps() + tap, tap / d.kernel_w * d.dilation_h - d.pad_h, tap % d.kernel_w * d.dilation_w - d.pad_w};
+    return {group * d.taps() + tap, tap / d.kernel_w * d.dilation_h - d.pad_h,
+            tap % d.kernel_w * d.dilation_w - d.pad_w};
   }
 };
 
