@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 import upsnet
-from benchmarks.operators import medians, processor
+from benchmarks.operators import medians, processor, show
 from upsnet import builders
 from upsnet.config import load_recipe
 from upsnet.dataset.batches import collate
@@ -344,11 +344,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     options = parser.parse_args()
-    text = table(options)
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text)
+    show(table(options), options.out)
 
 
 if __name__ == "__main__":

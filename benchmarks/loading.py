@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.operators import processor
+from benchmarks.operators import processor, show
 from upsnet import builders
 from upsnet.config import Recipe, load_recipe
 from upsnet.dataset import coco_panoptic
@@ -140,11 +140,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     options = parser.parse_args()
-    text = table(options.data, options.images)
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text)
+    show(table(options.data, options.images), options.out)
 
 
 if __name__ == "__main__":

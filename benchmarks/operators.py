@@ -384,7 +384,11 @@ def run(description: str, table: Callable[..., str], rounds: int, devices: tuple
         parser.add_argument("--device", choices=devices, default=devices[0])
     options = vars(parser.parse_args())
     out = options.pop("out")
-    text = table(**options)
+    show(table(**options), out)
+
+
+def show(text: str, out: Path | None) -> None:
+    """Prints the table of a benchmark, and also writes it where that is wanted."""
     print(text)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)

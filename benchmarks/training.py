@@ -33,7 +33,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 from tqdm import tqdm
 
-from benchmarks.operators import processor
+from benchmarks.operators import processor, show
 from upsnet import builders
 from upsnet.config import Recipe, load_recipe
 from upsnet.dataset.batches import Draw, collate
@@ -295,11 +295,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     options = parser.parse_args()
-    text = table(options)
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text)
+    show(table(options), options.out)
 
 
 if __name__ == "__main__":
