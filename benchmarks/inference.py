@@ -219,11 +219,11 @@ def mask2former(options: argparse.Namespace, photo: Picture) -> Predict | None:
 
 def check_counts(predictor: Predictor, run: Predict) -> None:
     """Proposals, detections and panoptic candidates of a pass."""
-    seen: dict[str, list[int]] = {"suppress": [], "box_head": []}
+    found: list[int] = []
 
     def counted(*given: object, **options: object) -> Tensor:
         positions: Tensor = suppress(*given, **options)
-        seen["suppress"].append(len(positions))
+        found.append(len(positions))
         return positions
 
     suppress = system.suppress
@@ -231,7 +231,7 @@ def check_counts(predictor: Predictor, run: Predict) -> None:
         run()
     proposals = len(calls[0][0][1])
     assert proposals == PROPOSALS, f"ours: {proposals} proposals"
-    assert seen["suppress"] == [INSTANCES] * 2, f"ours: {seen['suppress']} detections and panoptic candidates"
+    assert found == [INSTANCES] * 2, f"ours: {found} detections and panoptic candidates"
 
 
 def shares(predictor: Predictor, run: Predict, rounds: int) -> list[tuple[str, float]]:
@@ -299,7 +299,8 @@ def table(options: argparse.Namespace) -> str:
     other = mask2former(options, photo)
     if other is not None:
         runs["transformers Mask2Former-R50, fp32, network alone"] = (other, None)
-    check_counts(fp32, runs["UPSNet-50, fp32"][0])
+    for predictor in (fp32, bf16):
+        check_counts(predictor, ours.predict(predictor))
     times = medians([run for run, _ in runs.values()], options.rounds, options.device)
     reference = times[list(runs).index("torchvision Mask R-CNN R50-FPN, fp32")]
     device = torch.cuda.get_device_name() if on_cuda else processor()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.operators.test_panoptic_head import BOXES
+from tests.operators.test_panoptic_head import BOXES, HEIGHT, THINGS, WIDTH, instances_of, scores_of
 from tests.reference import panoptic as twin
 from tests.syncs import count_syncs
 from upsnet.models.box_head import Candidates
@@ -19,19 +19,6 @@ from upsnet.structures.draws import SeededDraws
 from upsnet.structures.sample import VOID
 
 close = torch.testing.assert_close
-HEIGHT, WIDTH = 12, 16  # of the scores; the network's input has four times as much
-THINGS = 3
-
-
-def instances_of(name, seed=0):
-    boxes = torch.tensor(BOXES[name]).reshape(-1, 4)
-    generator = torch.Generator().manual_seed(seed)
-    classes = torch.randint(1, THINGS + 1, (len(boxes),), generator=generator)
-    return boxes, classes, torch.randn(len(boxes), 7, 7, generator=generator) * 3
-
-
-def scores_of(num_stuff, seed=1):
-    return torch.randn(num_stuff + THINGS, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(seed)) * 2
 
 
 @pytest.mark.parametrize("unknown", [True, False])
