@@ -87,13 +87,14 @@ def test_accumulation_with_group_norm(dataset):
     assert distance(whole, network_of(**norms)) > 1e-3
 
 
-def test_losses_fall_on_one_image(dataset):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_losses_fall_on_one_image(dataset, precision):
     model = network_of(norm="group_norm", backbone_norm="group_norm")
     batch = collate([dataset[Draw(0, 0)]])
     optimizer = build_optimizer(model, "adamw")
     history = []
 
-    options = LoopOptions(max_iteration=20, steps_per_epoch=20, lr=0.001, seed=1)
+    options = LoopOptions(max_iteration=20, steps_per_epoch=20, lr=0.001, seed=1, precision=precision)
 
     def remember(module, given, output):
         history.append({name: loss.item() for name, loss in output.losses.items()})
