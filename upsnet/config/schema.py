@@ -215,7 +215,7 @@ class TrainOptions(_Options):
     total_batch: Count | None = Field(
         None, description="images for each optimiser step, by accumulation; null: workers × `batch_size`"
     )
-    precision: Precision = Field("fp32", description="arithmetic of the network in training")
+    precision: Precision = Field("fp32", description="arithmetic of the network in training; fp16 is slow on CPUs")
     compat: Literal["original"] | None = Field(
         None,
         description="original: the original's oddities in training, which its published results have in them: photos "
@@ -292,7 +292,7 @@ class TestOptions(_Options):
     flip: bool = Field(False, description="the image is seen mirrored as well, at each scale, and all is fused")
     max_size: Count = Field(1333, description="upper limit of the long side in pixels, at every scale")
     batch_size: Count = Field(1, description="images for each pass; only images of equal padded size share a pass")
-    precision: Precision = Field("fp32", description="arithmetic of the network in testing")
+    precision: Precision = Field("fp32", description="arithmetic of the network in testing; fp16 is slow on CPUs")
     compile: bool = Field(
         False,
         description="`torch.compile` of all that comes before the regions; it takes minutes first, and a C++ compiler",
