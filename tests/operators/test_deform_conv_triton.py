@@ -349,9 +349,12 @@ def test_reasons_known_without_a_gpu(monkeypatch):
     monkeypatch.setattr(library, "NOT_IN_USE_BECAUSE", "")
     monkeypatch.setattr(library, "CUDA_NOT_IN_USE_BECAUSE", "")
     monkeypatch.setattr(library, "TRITON_NOT_IN_USE_BECAUSE", "a reason")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert "on CUDA in use; those in Triton not in use (a reason)" in library.describe()
     monkeypatch.setattr(library, "TRITON_NOT_IN_USE_BECAUSE", "")
     assert library.describe().endswith("on CUDA in use")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert library.describe().endswith("on CUDA loaded, no GPU here")
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------

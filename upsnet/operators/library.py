@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upsnet.structures.errors import UserError
+
 FLOATS = (torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
 COVERED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
@@ -37,6 +39,9 @@ COVERED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
 }
 """For each native operator, by kind of device, the dtypes that it takes; `triton` stands for CUDA devices where Triton
 compiles. A device that is not named is not covered."""
+
+VARIANTS = ("generic", "avx2", "avx512")
+"""Of the CPU's kernels; UPSNET_NATIVE_CPU names the best that may be chosen, lib/native/cpu/variants.h chooses."""
 
 SWITCHED_OFF = "switched off by UPSNET_NATIVE=0"
 NOT_BUILT = "not built; `python setup.py build_ext --inplace` builds it"
@@ -54,9 +59,16 @@ def _find_library(name: str) -> Path | None:
 
 
 def _load(name: str, operators: tuple[str, ...]) -> str:
-    """Loads a library of operators; the empty string, or the reason why it is not in use."""
+    """Loads a library of operators; the empty string, or the reason why it is not in use.
+
+    Raises:
+        UserError: UPSNET_NATIVE_CPU names no variant.
+    """
     if os.environ.get("UPSNET_NATIVE") == "0":
         return SWITCHED_OFF
+    variant = os.environ.get("UPSNET_NATIVE_CPU") or VARIANTS[-1]
+    if variant not in VARIANTS:
+        raise UserError(f"UPSNET_NATIVE_CPU is '{variant}': choose {', '.join(VARIANTS)}, or leave it out")
     path = _find_library(name)
     if path is None:
         return NOT_BUILT
@@ -196,8 +208,9 @@ def describe() -> str:
     """One line for the start of a run: which operators are in use, and why not the native ones."""
     if not native_in_use():
         return f"native operators: not in use ({NOT_IN_USE_BECAUSE}); PyTorch's serve, slower, with the same results"
+    with_gpu = "in use" if torch.cuda.is_available() else "loaded, no GPU here"
     on_cuda, in_triton = (
-        f"not in use ({reason})" if reason else "in use"
+        f"not in use ({reason})" if reason else with_gpu
         for reason in (CUDA_NOT_IN_USE_BECAUSE, TRITON_NOT_IN_USE_BECAUSE)
     )
     there = "" if on_cuda == in_triton else f"; those in Triton {in_triton}"
