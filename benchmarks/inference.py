@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 import upsnet
-from benchmarks.operators import medians, processor, show
+from benchmarks.operators import matrix_rates, medians, parser_of, processor, show
 from upsnet import builders
 from upsnet.config import load_recipe
 from upsnet.dataset.batches import collate
@@ -266,18 +266,6 @@ def shares(predictor: Predictor, run: Predict, rounds: int) -> list[tuple[str, f
     return [*middle.items(), ("photo to tensor, and the rest", rest)]
 
 
-def gemm_rates(device: str, dtype: torch.dtype) -> str:
-    """GFLOP/s of this machine's matrix product and plain convolution."""
-    a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((4864, 2304), (2304, 256)))
-    x = torch.randn(1, 256, 100, 152, device=device).to(dtype, memory_format=torch.channels_last)
-    weight = torch.randn(256, 256, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
-    with torch.inference_mode():
-        calls: list[Predict] = [lambda: a @ b, lambda: torch.nn.functional.conv2d(x, weight, padding=1)]
-        product, convolution = medians(calls, 7, device)
-    of_product, of_convolution = 2 * 4864 * 2304 * 256 / product / 1e6, 2 * 15200 * 2304 * 256 / convolution / 1e6
-    return f"{str(dtype)[6:]}: torch.mm {of_product:.0f}, a 3×3 convolution {of_convolution:.0f} GFLOP/s"
-
-
 def table(options: argparse.Namespace) -> str:
     photo = cv2.resize(read_photo(photo_path(options)), (WIDTH, HEIGHT), interpolation=cv2.INTER_LINEAR)
     ours, theirs = Ours(options, photo), MaskRCNN(options, photo)
@@ -304,14 +292,13 @@ def table(options: argparse.Namespace) -> str:
     times = medians([run for run, _ in runs.values()], options.rounds, options.device)
     reference = times[list(runs).index("torchvision Mask R-CNN R50-FPN, fp32")]
     device = torch.cuda.get_device_name() if on_cuda else processor()
-    dtypes = (torch.float32, torch.bfloat16)
     lines = [
         "# From a photo to its panoptic result",
         "",
         f"{datetime.date.today()}, {device}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}, Python {platform.python_version()}.",
         f"{describe()}.",
-        f"This machine's own rates: {'; '.join(gemm_rates(options.device, dtype) for dtype in dtypes)}.",
+        matrix_rates(options.rounds, options.device),
         "",
         f"One photo ({photo_path(options).name}, {HEIGHT}×{WIDTH}), {PROPOSALS} proposals, {INSTANCES} detections, for "
         f"ours {INSTANCES} panoptic candidates as well; medians of {options.rounds} rounds, taking turns in one "
@@ -337,13 +324,10 @@ def photo_path(options: argparse.Namespace) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, rounds=7)
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--weights", required=True, type=Path)
     parser.add_argument("--photo", type=int, default=25, help="image id")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, help="also write the table to this file")
     options = parser.parse_args()
     show(table(options), options.out)
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.operators import processor, show
+from benchmarks.operators import positive, processor, show
 from upsnet import builders
 from upsnet.config import Recipe, load_recipe
 from upsnet.dataset import coco_panoptic
@@ -137,7 +137,7 @@ def table(data: Path | None, images: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--images", type=positive, default=100)
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     options = parser.parse_args()
     show(table(options.data, options.images), options.out)

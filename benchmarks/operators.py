@@ -372,17 +372,36 @@ def table(rounds: int, device: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def positive(text: str) -> int:
+    """An option's whole number from 1 on."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 1 on")
+    return int(text)
+
+
+def device_here(name: str) -> str:
+    """An option's device, refused where it is missing."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch sees no CUDA device here")
+    return name
+
+
+def parser_of(description: str, rounds: int, devices: tuple[str, ...] = ("cpu", "cuda")) -> argparse.ArgumentParser:
+    """What all benchmarks with rounds are asked: --out, --rounds and, if there is a choice, --device."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
+    parser.add_argument("--rounds", type=positive, default=rounds)
+    if devices:
+        parser.add_argument("--device", type=device_here, choices=devices, default=devices[0])
+    return parser
+
+
 def run(description: str, table: Callable[..., str], rounds: int, devices: tuple[str, ...] = ()) -> None:
     """The command line of a benchmark: prints its table and writes it with --out.
 
     `table` takes the number of rounds and, if there is a choice of devices, the device.
     """
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="also write the table to this file")
-    parser.add_argument("--rounds", type=int, default=rounds)
-    if devices:
-        parser.add_argument("--device", choices=devices, default=devices[0])
-    options = vars(parser.parse_args())
+    options = vars(parser_of(description, rounds, devices).parse_args())
     out = options.pop("out")
     show(table(**options), out)
 

@@ -33,7 +33,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 from tqdm import tqdm
 
-from benchmarks.operators import processor, show
+from benchmarks.operators import parser_of, positive, processor, show
 from upsnet import builders
 from upsnet.config import Recipe, load_recipe
 from upsnet.dataset.batches import Draw, collate
@@ -285,15 +285,12 @@ def table(options: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, rounds=5)
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--photo", type=int, default=74, help="image id")
     parser.add_argument("--short_side", type=int, default=400)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="also write the table to this file")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     options = parser.parse_args()
     show(table(options), options.out)
 
