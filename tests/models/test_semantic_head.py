@@ -84,6 +84,24 @@ def test_bands_of_the_semantic_loss(height, band, monkeypatch):
         assert torch.equal(semantic_loss(scores, target), loss)
 
 
+@pytest.mark.parametrize("labels", ["random", "one pixel", "none"])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 5), (9, 2)])
+def test_gradient_of_the_semantic_loss(height, width, labels):
+    generator = torch.Generator().manual_seed(4)
+    scores = torch.randn(2, 3, height, width, generator=generator, dtype=torch.float64).requires_grad_()
+    target = random_target(4 * height, 4 * width, num_classes=3)
+    if labels != "random":
+        target.fill_(VOID)
+        target[1, -1, -1] = 2 if labels == "one pixel" else VOID
+    assert torch.autograd.gradcheck(lambda s: semantic_loss(s, target), scores)
+
+
+def test_the_semantic_loss_is_not_differentiated_twice():
+    scores = torch.randn(1, 3, 2, 2).requires_grad_()
+    with pytest.raises(NotImplementedError, match="differentiated twice"):
+        torch.autograd.grad(semantic_loss(scores, random_target(8, 8, 1, 3)), scores, create_graph=True)
+
+
 BOXES = {
     "several": [[3.0, 4, 60, 50], [70.5, 1.5, 90.2, 61.9], [0, 0, 95, 63]],
     "one pixel": [[10.0, 20, 10, 20]],

@@ -100,6 +100,8 @@ class _EnlargedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():  # asked for by create_graph; the gradient that was kept would pass for a constant
+            raise NotImplementedError("the semantic loss cannot be differentiated twice")
         (gradient,) = ctx.saved_tensors
         return gradient * upstream, None
 
