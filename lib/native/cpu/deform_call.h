@@ -88,13 +88,6 @@ Deform<T, S> geometry(const Tensor& input, const Tensor& offset, const Tensor& w
   return d;
 }
 
-// For results that are written once, and may be large.
-inline Tensor fresh_images(const Tensor& like, const Ints& shape, bool channels_last) {
-  Tensor images = empty_images(like, shape, like.scalar_type(), channels_last);
-  advise_large_pages(images.mutable_data_ptr(), images.numel() * images.element_size());
-  return images;
-}
-
 inline Tensor widened(const Tensor& tensor) { return torch::stable::to(tensor, ScalarType::Float); }
 
 inline std::optional<Tensor> widened(const std::optional<Tensor>& tensor) {
@@ -116,7 +109,7 @@ Tensor channels_last(const Tensor& tensor) {
   if (is_channels_last(tensor)) return tensor;
   const Tensor source = torch::stable::contiguous(tensor);
   const int64_t n = tensor.size(0), c = tensor.size(1), h = tensor.size(2), w = tensor.size(3);
-  const Tensor result = fresh_images(tensor, {n, c, h, w}, true);
+  const Tensor result = empty_images(tensor, {n, c, h, w}, tensor.scalar_type(), true);
   const Plane<S> from = plane(const_cast<S*>(values_of<S>(source)), c, h, w, false);
   torch::stable::parallel_for(0, n * h, grain(w * c), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)

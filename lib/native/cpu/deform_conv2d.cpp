@@ -59,7 +59,7 @@ Tensor forward(const Tensor& input, const Tensor& offset, const Tensor& weight, 
   ForwardTask<T, S> task{};
   task.d = geometry<T, S>(source, offset, kernel, mask, stride, padding, dilation);
   const Deform<T, S>& d = task.d;
-  Tensor output = fresh_images(input, {d.images, d.outputs, d.out_height, d.out_width}, innermost);
+  Tensor output = empty_images(input, {d.images, d.outputs, d.out_height, d.out_width}, input.scalar_type(), innermost);
   if (d.pixels() == 0 || d.outputs == 0) return output;
 
   const Zeros<S> packed = pack_weight<S>(kernel, d.weight_groups, use.panel, use.factors, true);

@@ -196,10 +196,11 @@ Gradients backward(const Tensor& grad, const Tensor& input, const Tensor& offset
                       grad.size(3) == d.out_width && grad.scalar_type() == input.scalar_type(),
                   "deform_conv2d: the gradient has the wrong shape or dtype");
   const int64_t samples = d.offset_groups * d.taps(), row_size = d.width * d.channels;
-  Tensor grad_input = fresh_images(input, {d.images, d.channels, d.height, d.width}, innermost);
-  Tensor grad_offset = fresh_images(input, {d.images, 2 * samples, d.out_height, d.out_width}, false);
-  Tensor grad_weight = fresh_images(input, {d.outputs, d.group_channels(), d.kernel_h, d.kernel_w}, false);
-  Tensor grad_mask = fresh_images(input, {d.images, mask ? samples : 0, d.out_height, d.out_width}, false);
+  const ScalarType type = input.scalar_type();
+  Tensor grad_input = empty_images(input, {d.images, d.channels, d.height, d.width}, type, innermost);
+  Tensor grad_offset = empty_images(input, {d.images, 2 * samples, d.out_height, d.out_width}, type, false);
+  Tensor grad_weight = empty_images(input, {d.outputs, d.group_channels(), d.kernel_h, d.kernel_w}, type, false);
+  Tensor grad_mask = empty_images(input, {d.images, mask ? samples : 0, d.out_height, d.out_width}, type, false);
   Tensor grad_bias = torch::stable::new_empty(input, {d.outputs});
 
   const Zeros<T> packed = pack_weight<T>(kernel, d.weight_groups, use.panel, 1, false);
