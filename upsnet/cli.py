@@ -248,6 +248,7 @@ def _train(options: argparse.Namespace) -> None:
             options.weight_path,
             recipe.network.pretrained or "null: from scratch",
         )
+    commands.launch_on_several_gpus(recipe, for_training=True)
     commands.train(recipe)
 
 

@@ -14,6 +14,7 @@ from upsnet.builders.network import build_network, choose_device, device_name, p
 from upsnet.builders.submission import no_submission, write_submission
 from upsnet.builders.training import ROI_LOSS_SHARE, accumulation, build_optimizer_of, engine_options, loss_weights
 from upsnet.builders.weights import fit, load_trained, start_from_pretrained
+from upsnet.builders.workers import build_workers, gpus_of_a_plain_launch
 
 __all__ = [
     "ROI_LOSS_SHARE",
@@ -25,11 +26,13 @@ __all__ = [
     "build_test_set",
     "build_training_loader",
     "build_training_set",
+    "build_workers",
     "check_class_counts",
     "choose_device",
     "device_name",
     "engine_options",
     "fit",
+    "gpus_of_a_plain_launch",
     "load_trained",
     "loss_weights",
     "no_submission",

@@ -98,12 +98,16 @@ def check_class_counts(recipe: Recipe, categories: Categories, source: str) -> N
             )
 
 
-def build_training_loader(recipe: Recipe, dataset: CocoPanoptic, start_step: int) -> BatchLoader:
-    """Micro-batches from step `start_step` to the last one."""
+def build_training_loader(
+    recipe: Recipe, dataset: CocoPanoptic, start_step: int, worker: int = 0, num_workers: int = 1
+) -> BatchLoader:
+    """A worker's micro-batches from step `start_step` to the last one."""
     sampler = TrainingSampler(
         len(dataset),
         recipe.train.batch_size,
-        accumulation(recipe),
+        accumulation(recipe, num_workers),
+        worker,
+        num_workers,
         seed=recipe.seed,
         start_step=start_step,
         steps=recipe.train.max_iteration,

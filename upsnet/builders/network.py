@@ -19,8 +19,12 @@ from upsnet.structures.draws import seed_of
 from upsnet.structures.errors import RecipeError
 
 
-def choose_device(recipe: Recipe, wanted: torch.device | None = None) -> torch.device:
+def choose_device(recipe: Recipe, wanted: torch.device | None = None, local_rank: int | None = None) -> torch.device:
     """The wanted device; None: the first one of `gpus` where CUDA is found, else the CPU.
+
+    Args:
+        local_rank: of a worker that a launcher started. Such workers have a device each, by that number; `gpus` is for
+            plain launches.
 
     Raises:
         RecipeError: there is no such device.
@@ -32,6 +36,12 @@ def choose_device(recipe: Recipe, wanted: torch.device | None = None) -> torch.d
         return wanted
     if not found:
         return torch.device("cpu")
+    if local_rank is not None:
+        if local_rank >= found:
+            raise RecipeError(
+                f"worker {local_rank} of this machine has no GPU of its own, {found} are here: start {found} workers"
+            )
+        return torch.device("cuda", local_rank)
     first = int(recipe.gpus.split(",")[0])
     if first >= found:
         raise RecipeError(f"gpus: device {first} is not there, this machine has {found}")

@@ -51,10 +51,11 @@ def build_optimizer_of(recipe: Recipe, network: UPSNet) -> torch.optim.Optimizer
     return build_optimizer(network, train.optimizer, train.momentum, train.wd)
 
 
-def engine_options(recipe: Recipe, epoch_length: int) -> LoopOptions:
+def engine_options(recipe: Recipe, epoch_length: int, workers: int = 1) -> LoopOptions:
     """The training loop's options. epoch_length: entries of the training set, mirrored copies included."""
     train = recipe.train
-    total_batch = train.batch_size * accumulation(recipe)
+    passes = accumulation(recipe, workers)
+    total_batch = workers * train.batch_size * passes
     return LoopOptions(
         max_iteration=train.max_iteration,
         steps_per_epoch=max(-(-epoch_length // total_batch), 1),
@@ -62,7 +63,7 @@ def engine_options(recipe: Recipe, epoch_length: int) -> LoopOptions:
         lr_schedule=train.lr_schedule,
         decay_iterations=train.decay_iteration,
         warmup_iterations=train.warmup_iteration,
-        accumulation=accumulation(recipe),
+        accumulation=passes,
         loss_weights=loss_weights(recipe),
         precision=train.precision,
         seed=recipe.seed,

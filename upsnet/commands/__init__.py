@@ -2,6 +2,7 @@
 
 from upsnet.commands.demo import DEMO_RECIPE, DEMO_TRAIN, DEMO_VAL, demo, shapes
 from upsnet.commands.inspecting import weights
+from upsnet.commands.launch import launch_on_several_gpus
 from upsnet.commands.predicting import predict
 from upsnet.commands.preparing import prepare_cityscapes, prepare_coco
 from upsnet.commands.reporting import report
@@ -16,6 +17,7 @@ __all__ = [
     "DEMO_VAL",
     "demo",
     "evaluate",
+    "launch_on_several_gpus",
     "predict",
     "prepare_cityscapes",
     "prepare_coco",

@@ -16,15 +16,16 @@ def say_where(device: torch.device) -> None:
     logger.info("running on %s; %s", builders.device_name(device), describe())
 
 
-def say_how_many_workers(recipe: Recipe) -> None:
+def say_how_many_workers(recipe: Recipe, count: int) -> None:
     """Says so where a recipe made for several workers runs on one."""
+    if count > 1:
+        return
     if recipe.train.use_horovod:
-        reason = "train.use_horovod is true"
+        logger.info("train.use_horovod is true, but this is a plain launch: one worker, without Horovod")
     elif "," in recipe.gpus:
-        reason = "gpus lists several devices"
+        logger.info("gpus lists several devices, but there is no CUDA here: one worker")
     else:
         return
-    logger.info("%s, but this is a plain launch: one worker, without Horovod", reason)
     if recipe.train.total_batch is None:
         count = recipe.train.batch_size
         logger.info("train.total_batch is not set: a step sees %d images; set it if train.lr belongs to more", count)

@@ -1,6 +1,7 @@
 """`upsnet train`: from a recipe to snapshots."""
 
 import logging
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 
@@ -41,16 +42,17 @@ def train(recipe: Recipe) -> Path:
         )
     now = datetime.now()
     folder = paths.training_folder(recipe)
-    with logging_to(paths.log_file(recipe, folder, now)):
-        device = builders.choose_device(recipe)
+    workers, device = builders.build_workers(recipe)
+    is_first = workers.rank == 0
+    with closing(workers), logging_to(paths.log_file(recipe, folder, now) if is_first else None, is_first):
         dataset = builders.build_training_set(recipe)
         network = builders.build_network(recipe, dataset.categories).to(device)
         optimizer = builders.build_optimizer_of(recipe, network)
-        options = builders.engine_options(recipe, len(dataset))
+        options = builders.engine_options(recipe, len(dataset), workers.count)
         say_where(device)
-        say_how_many_workers(recipe)
+        say_how_many_workers(recipe, workers.count)
         start = _starting_point(recipe, network, optimizer, dataset.categories)
-        _say_what_is_trained(recipe, dataset, network, options)
+        _say_what_is_trained(recipe, dataset, network, options, workers.count)
         _say_what_will_not_come(recipe)
         snapshots = Snapshots(folder, recipe.model_prefix, dataset.categories, dump_recipe(recipe))
         if start is None and ((folder / "metrics.jsonl").exists() or complete_snapshots(folder)):
@@ -58,17 +60,18 @@ def train(recipe: Recipe) -> Path:
         validation = _validation_batches(recipe, dataset) if recipe.train.eval_data else None
         begin = start.iteration if start else 0
         tensorboard = paths.tensorboard_folder(recipe, now)
-        with TrainingLog(folder / "metrics.jsonl", tensorboard, begin) as log:
+        with TrainingLog(folder / "metrics.jsonl", tensorboard, begin) if is_first else TrainingLog() as log:
             run_training(
                 network,
-                builders.build_training_loader(recipe, dataset, begin),
+                builders.build_training_loader(recipe, dataset, begin, workers.rank, workers.count),
                 optimizer,
                 options,
                 snapshots,
                 log,
                 start,
                 validation,
-                on_first_batch=lambda batch: _draw_first_batch(batch, dataset, folder),
+                on_first_batch=(lambda batch: _draw_first_batch(batch, dataset, folder)) if is_first else None,
+                workers=workers,
             )
         return snapshots.path(options.max_iteration)
 
@@ -121,7 +124,9 @@ def _say_what_will_not_come(recipe: Recipe) -> None:
     )
 
 
-def _say_what_is_trained(recipe: Recipe, dataset: CocoPanoptic, network: nn.Module, options: LoopOptions) -> None:
+def _say_what_is_trained(
+    recipe: Recipe, dataset: CocoPanoptic, network: nn.Module, options: LoopOptions, workers: int
+) -> None:
     logger.info(
         "data: %d images (%d entries with mirrored copies) of %s, %d thing and %d stuff classes",
         dataset.num_photos,
@@ -135,8 +140,10 @@ def _say_what_is_trained(recipe: Recipe, dataset: CocoPanoptic, network: nn.Modu
     logger.info("losses: %s", ", ".join(f"{weight:g} {name}" for name, weight in options.loss_weights.items()))
     batch_size = recipe.train.batch_size
     logger.info(
-        "total batch %d = 1 worker × %d images × %d micro-batches; %d steps an epoch, %d steps in all",
-        batch_size * options.accumulation,
+        "total batch %d = %d worker%s × %d images × %d micro-batches; %d steps an epoch, %d steps in all",
+        workers * batch_size * options.accumulation,
+        workers,
+        "s" if workers > 1 else "",
         batch_size,
         options.accumulation,
         options.steps_per_epoch,

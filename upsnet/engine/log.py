@@ -34,8 +34,10 @@ class _LogFile(logging.FileHandler):
 
 
 @contextmanager
-def logging_to(path: Path | None) -> Iterator[None]:
+def logging_to(path: Path | None, is_first: bool = True) -> Iterator[None]:
     """Inside, messages of the "upsnet" logger from level INFO go to stderr and, with a path, all go to this file.
+
+    Of a worker that is not the first one, only errors go to stderr: the others say the same.
 
     Raises:
         PlaceError: the file or its folder cannot be made.
@@ -50,7 +52,7 @@ def logging_to(path: Path | None) -> Iterator[None]:
     # What is long, or printed anyway, is a DEBUG message: it goes to the file only.
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
-    handlers[0].setLevel(logging.INFO)
+    handlers[0].setLevel(logging.INFO if is_first else logging.ERROR)
     for handler in handlers:
         handler.setFormatter(logging.Formatter(LINE_FORMAT))
         logger.addHandler(handler)

@@ -5,7 +5,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,7 +19,9 @@ from upsnet.engine.optimizer import CaffeSGD, set_learning_rate
 from upsnet.engine.options import LoopOptions
 from upsnet.engine.precision import autocast
 from upsnet.engine.progress import Progress, StepValues
+from upsnet.engine.running_statistics import RunningStatistics
 from upsnet.engine.snapshots import ResumeState, Snapshots
+from upsnet.engine.workers import SingleWorker, Workers
 from upsnet.structures.draws import SeededDraws, seed_of
 from upsnet.structures.errors import UserError
 from upsnet.structures.results import TrainingOutput
@@ -44,48 +47,51 @@ def train(
     start: ResumeState | None = None,
     validation: Iterable[Batch] | None = None,
     on_first_batch: Callable[[Batch], None] | None = None,
+    workers: Workers | None = None,
 ) -> None:
     """Trains a network, which must already be on its device, up to `options.max_iteration` steps in all.
 
     Args:
-        batches: training batches without end, beginning with those of the first step to be done.
+        batches: this worker's training batches without end, beginning with those of the first step to be done.
         optimizer: its groups carry `factor`, see `parameter_groups`.
-        snapshots: where to keep snapshots: every `snapshot_step` steps and at the end.
+        snapshots: where rank 0 keeps snapshots: every `snapshot_step` steps and at the end.
+        log: of rank 0; the others have none.
         start: what `snapshots.resume` returned.
-        validation: batches whose losses are logged after every epoch and at the end; it is iterated each time.
+        validation: this worker's batches whose losses are logged after every epoch and at the end; it is iterated each
+            time.
         on_first_batch: is shown the first batch as the network sees it.
+        workers: None: this process works alone.
 
     Raises:
-        TrainingError: a loss is not finite. The weights are those before the step.
+        TrainingError: a loss is not finite, on whatever worker. The weights are those before the step.
         PlaceError: the log or a snapshot cannot be written.
     """
     device = next(network.parameters()).device
+    workers = workers or SingleWorker()
     log = log or TrainingLog()
     scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
     iteration = _restore(start, scaler, options)
     progress = Progress(log, options, device)
     stream = iter(batches)
     network.train()
-    with tqdm(total=options.max_iteration, initial=iteration, desc="train", unit="step", dynamic_ncols=True) as bar:
+    shared, optimizer = workers.share(network, optimizer, options.accumulation)
+    statistics = RunningStatistics(network, workers)
+    with _bar(workers, total=options.max_iteration, initial=iteration, desc="train", unit="step") as bar:
         while iteration < options.max_iteration:
             began = time.perf_counter()
             step_batches = _next_batches(stream, options, iteration)
             if on_first_batch is not None:
                 on_first_batch(step_batches[0])
                 on_first_batch = None
-
-            # Layers that draw for themselves (dropout) do so from the step's own seed, so that a resume is exact.
-            torch.manual_seed(seed_of(options.seed, iteration))
             rate = options.learning_rate(iteration)
             set_learning_rate(optimizer, rate)
-            outputs = accumulate_gradients(network, step_batches, options, scaler, device)
-            values = _finite_values(outputs, step_batches, iteration)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            outputs = accumulate_gradients(shared, step_batches, options, scaler, iteration, workers)
+            workers.finish_gradients(optimizer)
+            statistics.merge()
+            values = _finite_values(workers.gather(_micro_batches(outputs, step_batches)), iteration)
+            _step(optimizer, scaler, workers)
             iteration += 1
-            if iteration in options.decay_iterations and options.lr_schedule == "step":
-                _follow_decay(optimizer)
+            _follow_decay(optimizer, options, iteration)
 
             progress.step(iteration, rate, values, time.perf_counter() - began)
             bar.set_postfix_str(progress.text(), refresh=False)
@@ -93,9 +99,9 @@ def train(
             last = iteration == options.max_iteration
             if iteration % options.steps_per_epoch == 0 or last:
                 if validation is not None:
-                    progress.validated(iteration, validation_values(network, validation, options, device))
+                    progress.validated(iteration, validation_values(network, validation, options, device, workers))
                 progress.end_epoch()
-            if snapshots is not None and (iteration % options.snapshot_step == 0 or last):
+            if snapshots is not None and workers.rank == 0 and (iteration % options.snapshot_step == 0 or last):
                 path = snapshots.save(network, optimizer, ResumeState(iteration, options.seed, scaler.state_dict()))
                 logger.info("saved %s", path)
 
@@ -105,41 +111,53 @@ def accumulate_gradients(
     batches: Sequence[Batch],
     options: LoopOptions,
     scaler: torch.amp.GradScaler,
-    device: torch.device,
+    iteration: int,
+    workers: Workers,
 ) -> list[TrainingOutput]:
-    """Adds to the gradients those of the mean loss over all images of the batches."""
-    images = sum(len(batch) for batch in batches)
+    """Adds to the gradients those of the mean loss over all images of the batches of all workers."""
+    device = next(network.parameters()).device
+    images = sum(len(batch) for batch in batches) * workers.count
     outputs = []
-    for batch in batches:
-        with autocast(device, options.precision):
-            output: TrainingOutput = network(batch.to(device))
-            weighted = [options.loss_weights.get(name, 1.0) * loss.float() for name, loss in output.losses.items()]
-            total = torch.stack(weighted).sum() * (len(batch) / images)
-        scaler.scale(total).backward()
+    for number, batch in enumerate(batches, start=1):
+        # Layers that draw for themselves (dropout) do so by step and images, whichever worker has them.
+        torch.manual_seed(seed_of(options.seed, iteration, *batch.image_ids))
+        with workers.micro_batch(network, last=number == len(batches)):
+            with autocast(device, options.precision):
+                output: TrainingOutput = network(batch.to(device))
+                weighted = [options.loss_weights.get(name, 1.0) * loss.float() for name, loss in output.losses.items()]
+                total = torch.stack(weighted).sum() * (len(batch) / images)
+            scaler.scale(total).backward()
         outputs.append(_detached(output))
     return outputs
 
 
 def validation_values(
-    network: nn.Module, batches: Iterable[Batch], options: LoopOptions, device: torch.device
+    network: nn.Module,
+    batches: Iterable[Batch],
+    options: LoopOptions,
+    device: torch.device,
+    workers: Workers | None = None,
 ) -> StepValues:
-    """Losses and metrics as means over the images of the batches. The network comes back in training mode."""
+    """Losses and metrics as means over the images of all workers' batches. The network comes back in training mode."""
+    workers = workers or SingleWorker()
     network.train()
     for module in network.modules():
         # Losses exist in training mode only, but looking at validation images must not move statistics.
         if isinstance(module, _BatchNorm | _DropoutNd):
             module.eval()
-    losses, metrics, images = Means(), Means(), 0
+    seen: list[MicroBatch] = []
     with torch.no_grad():
-        for batch in tqdm(batches, desc="validate", unit="batch", leave=False, dynamic_ncols=True):
+        for batch in _bar(workers, batches, desc="validate", unit="batch", leave=False):
             with autocast(device, options.precision):
                 output = network(_with_draws(batch, options.seed, VALIDATION_STEP).to(device))
-            ((batch_losses, batch_metrics),) = _numbers([output])
-            losses.add(batch_losses, len(batch))
-            metrics.add(batch_metrics, len(batch))
-            images += len(batch)
+            seen += _micro_batches([output], [batch])
     network.train()
-    return StepValues(losses.values(), metrics.values(), images)
+    # In one order, however many workers there are: sums of floats depend on it.
+    return _means([sorted(chain.from_iterable(workers.gather(seen)), key=lambda part: part.image_ids)])
+
+
+def _bar(workers: Workers, batches: Iterable[Batch] = (), **options: Any) -> "tqdm[Batch]":
+    return tqdm(batches, **options, dynamic_ncols=True, disable=workers.rank > 0)
 
 
 def _restore(start: ResumeState | None, scaler: torch.amp.GradScaler, options: LoopOptions) -> int:
@@ -152,9 +170,17 @@ def _restore(start: ResumeState | None, scaler: torch.amp.GradScaler, options: L
     return start.iteration
 
 
-def _follow_decay(optimizer: torch.optim.Optimizer) -> None:
+def _step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, workers: Workers) -> None:
+    with workers.stepping(optimizer):
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _follow_decay(optimizer: torch.optim.Optimizer, options: LoopOptions, iteration: int) -> None:
     # The buffers of CaffeSGD hold the rate before the decay; those of AdamW hold none.
-    if isinstance(optimizer, CaffeSGD):
+    decays = options.lr_schedule == "step" and iteration in options.decay_iterations
+    if decays and isinstance(optimizer, CaffeSGD):
         optimizer.divide_momentum(10)
 
 
@@ -173,20 +199,37 @@ def _with_draws(batch: Batch, seed: int, step: int) -> Batch:
     return replace(batch, draws=draws)
 
 
-def _finite_values(outputs: Sequence[TrainingOutput], batches: Sequence[Batch], iteration: int) -> StepValues:
+class MicroBatch(NamedTuple):
+    """What a forward pass said of its images."""
+
+    losses: dict[str, float]
+    metrics: dict[str, float]
+    image_ids: list[int]
+
+
+def _micro_batches(outputs: Sequence[TrainingOutput], batches: Sequence[Batch]) -> list[MicroBatch]:
+    return [MicroBatch(*values, batch.image_ids) for values, batch in zip(_numbers(outputs), batches, strict=True)]
+
+
+def _finite_values(of_workers: Sequence[Sequence[MicroBatch]], iteration: int) -> StepValues:
     """Means over the step's images; stops at the first loss that is not finite."""
-    losses, metrics, images = Means(), Means(), 0
-    for (step_losses, step_metrics), batch in zip(_numbers(outputs), batches, strict=True):
-        for name, value in step_losses.items():
+    for part in chain.from_iterable(of_workers):
+        for name, value in part.losses.items():
             if not math.isfinite(value):
-                ids = ", ".join(map(str, batch.image_ids))
+                ids = ", ".join(map(str, part.image_ids))
                 raise TrainingError(
                     f"step {iteration}: {name} is {value} on image {ids}: training stops before this step; "
                     f"lower train.lr or look at this image"
                 )
-        losses.add(step_losses, len(batch))
-        metrics.add(step_metrics, len(batch))
-        images += len(batch)
+    return _means(of_workers)
+
+
+def _means(of_workers: Sequence[Sequence[MicroBatch]]) -> StepValues:
+    losses, metrics, images = Means(), Means(), 0
+    for part in chain.from_iterable(of_workers):
+        losses.add(part.losses, len(part.image_ids))
+        metrics.add(part.metrics, len(part.image_ids))
+        images += len(part.image_ids)
     return StepValues(losses.values(), metrics.values(), images)
 
 

@@ -1,0 +1,71 @@
+"""From the way in which a process was started to the workers that it belongs to."""
+
+import os
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+
+from upsnet.builders.network import choose_device
+from upsnet.config import Recipe
+from upsnet.engine.torch_workers import TorchWorkers
+from upsnet.engine.workers import SingleWorker, Workers
+from upsnet.structures.errors import RecipeError
+
+Launcher = Literal["plain", "torchrun", "horovodrun"]
+
+
+def launcher_of(environment: Mapping[str, str]) -> Launcher:
+    """What started a process, by the variables that it left."""
+    if "HOROVOD_RANK" in environment or "HOROVOD_ELASTIC" in environment:
+        return "horovodrun"
+    if {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= environment.keys():
+        return "torchrun"
+    return "plain"
+
+
+def build_workers(recipe: Recipe, for_training: bool = True) -> tuple[Workers, torch.device]:
+    """The workers that this process is one of, and the device that it computes on.
+
+    Args:
+        for_training: False: `train.use_horovod` says nothing.
+
+    Raises:
+        RecipeError: the launcher and the recipe contradict each other, or there is no device for this worker.
+    """
+    launcher = launcher_of(os.environ)
+    if for_training:
+        _check_launcher(recipe, launcher)
+    if launcher == "plain":
+        return SingleWorker(), choose_device(recipe)
+    if launcher == "horovodrun":
+        raise RecipeError("horovodrun: not yet")
+    device = choose_device(recipe, local_rank=int(os.environ["LOCAL_RANK"]))
+    return TorchWorkers(device), device
+
+
+def gpus_of_a_plain_launch(recipe: Recipe) -> list[int]:
+    """The devices of `gpus` that a plain launch wants a worker for each of; fewer than two: this process will do.
+
+    Raises:
+        RecipeError: one of several devices is not there.
+    """
+    gpus = [int(number) for number in recipe.gpus.split(",")]
+    if launcher_of(os.environ) != "plain" or len(gpus) == 1 or not torch.cuda.is_available():
+        return []
+    found = torch.cuda.device_count()
+    if missing := [gpu for gpu in gpus if gpu >= found]:
+        there = ",".join(map(str, range(found)))
+        raise RecipeError(f"gpus: device {missing[0]} is not there, this machine has {found}: add gpus='{there}'")
+    return gpus
+
+
+def _check_launcher(recipe: Recipe, launcher: Launcher) -> None:
+    if launcher == "torchrun" and recipe.train.use_horovod:
+        raise RecipeError(
+            "this is a launch by torchrun, but train.use_horovod is true: add train.use_horovod=false to the command"
+        )
+    if launcher == "horovodrun" and not recipe.train.use_horovod:
+        raise RecipeError(
+            "this is a launch by horovodrun, but train.use_horovod is false: add train.use_horovod=true to the command"
+        )

@@ -1,0 +1,64 @@
+"""Workers that torchrun has started: torch.distributed with NCCL between GPUs, Gloo between CPUs."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+
+class TorchWorkers:
+    """The workers of torchrun's environment, which names ranks and the place to meet."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Meets the others.
+
+        Args:
+            device: that this worker computes on.
+        """
+        self.rank, self.count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.local_rank = int(os.environ["LOCAL_RANK"])
+        on_cuda = device.type == "cuda"
+        # Python objects travel by Gloo in any case, so that nothing is asked of a GPU for them.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
+
+    def share(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, accumulation: int
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        # Statistics of norms stay each worker's own, as in the original; `network.use_syncbn` makes them common.
+        shared = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+        shared.register_comm_hook(None, _sum)
+        return shared, optimizer
+
+    def micro_batch(self, network: nn.Module, last: bool) -> AbstractContextManager[object]:
+        assert isinstance(network, DistributedDataParallel)
+        return nullcontext() if last else network.no_sync()
+
+    def finish_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        pass  # the last backward pass has waited
+
+    def stepping(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def gather(self, value: T) -> list[T]:
+        values: list[T] = [value] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor)
+        return tensor
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+
+def _sum(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda future: future.value()[0])
