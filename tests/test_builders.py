@@ -183,13 +183,15 @@ def test_options_of_the_training_loop():
     recipe = recipe_with(
         "train.optimizer=sgd", "train.lr=0.3", "train.lr_schedule=step", "train.decay_iteration=[7, 9]",
         "train.warmup_iteration=5", "train.max_iteration=11", "train.batch_size=2", "train.total_batch=6",
-        "train.precision=bf16", "seed=12", "train.display_iter=13", "train.snapshot_step=14",
+        "train.precision=bf16", "train.clip_gradient=10", "train.ema=0.99", "seed=12",
+        "train.display_iter=13", "train.snapshot_step=14",
     )  # fmt: skip
     options = builders.engine_options(recipe, epoch_length=20)
     assert (options.lr, options.lr_schedule, options.decay_iterations, options.warmup_iterations) == (
         0.3, "step", (7, 9), 5,
     )  # fmt: skip
     assert (options.max_iteration, options.accumulation, options.steps_per_epoch) == (11, 3, 4)
+    assert (options.clip_gradient, options.ema) == (10, 0.99)
     assert (options.precision, options.seed, options.display_iter, options.snapshot_step) == ("bf16", 12, 13, 14)
     assert builders.engine_options(recipe, epoch_length=3).steps_per_epoch == 1
     assert builders.accumulation(recipe, workers=3) == 1

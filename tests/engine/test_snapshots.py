@@ -32,7 +32,7 @@ def save(snapshots, iteration=4, network=None):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_ten_steps_are_five_and_five_byte_for_byte(snapshots, kind, precision):
-    options = replace(OPTIONS, snapshot_step=5, precision=precision)
+    options = replace(OPTIONS, snapshot_step=5, precision=precision, clip_gradient=0.5, ema=0.7)
     whole = Toy(dropout=0.2, batch_norm=True)
     train(whole, batches(4), build_optimizer(whole, kind), options, snapshots)
     assert sorted(path.name for path in snapshots.folder.iterdir()) == [

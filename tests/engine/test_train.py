@@ -64,6 +64,26 @@ def test_one_step_is_that_of_the_weighted_loss():
         torch.testing.assert_close(network.get_parameter(name), expected, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_gradient_is_cut_to_its_greatest_norm(precision):
+    """Over all weights together, in the loss' own units: fp16 scales the loss by 65536, which must not count."""
+
+    def change(clip_gradient):
+        weights = {"first_loss": 0.01, "second_loss": 0.01}  # so that nothing overflows
+        options = replace(OPTIONS, max_iteration=1, precision=precision, clip_gradient=clip_gradient)
+        network = Toy()
+        optimizer = torch.optim.SGD([{"params": list(network.parameters()), "factor": 1.0}])
+        train(network, batches(4), optimizer, replace(options, loss_weights=weights))
+        before = dict(Toy().named_parameters())
+        return torch.cat([(before[name] - w).flatten() for name, w in network.named_parameters()]).detach() / 0.005
+
+    free = change(None)
+    norm = float(free.norm())
+    assert norm > 0.01
+    torch.testing.assert_close(change(norm / 4), free / 4, rtol=0.01, atol=norm / 1000)
+    torch.testing.assert_close(change(norm * 2), free, rtol=0, atol=norm / 1000)
+
+
 def test_momentum_is_divided_at_the_decay_and_only_for_the_step_schedule(monkeypatch):
     calls = []
     network = Toy()

@@ -47,10 +47,12 @@ def run(count, folder, batch_size=1, options=OPTIONS, **network):
     return networks, [{k: v for k, v in line.items() if k not in UNTOLD} for line in lines]
 
 
-def test_two_workers_train_like_one_with_twice_the_accumulation(tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_two_workers_train_like_one_with_twice_the_accumulation(tmp_path, precision):
     """Byte for byte as long as a sum has two terms; what is logged, validation too, to the last digit."""
-    (alone,), told = run(1, tmp_path / "one", batch_size=2)
-    several, told_by_several = run(2, tmp_path / "two", batch_size=2)
+    options = replace(OPTIONS, precision=precision, clip_gradient=0.5, ema=0.7)
+    (alone,), told = run(1, tmp_path / "one", 2, options)
+    several, told_by_several = run(2, tmp_path / "two", 2, options)
     assert all(same_weights(alone, network) for network in several)
     assert told == told_by_several and len(told) == 2 + 3
 
@@ -62,6 +64,42 @@ def test_several_workers_train_like_one_up_to_the_order_of_sums(tmp_path, count)
     for network in several:
         for name, tensor in network.state_dict().items():
             torch.testing.assert_close(tensor, alone.state_dict()[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("clip_gradient", [None, 0.5])
+def test_where_one_workers_gradient_overflows_none_makes_the_step(tmp_path, clip_gradient):
+    """fp16: each worker has its own loss scale, and they must stay equal."""
+
+    class Overflowing(Toy):
+        def forward(self, batch):
+            output = super().forward(batch)
+            if batch.image_ids == [103]:
+                output.losses["first_loss"].register_hook(lambda gradient: gradient * math.inf)
+            return output
+
+    def work(workers):
+        network = Overflowing()
+        stream = [batch_of([100 + workers.rank]), batch_of([102 + workers.rank])]
+        small = {"first_loss": 0.01, "second_loss": 0.01}  # so that nothing else overflows
+        options = replace(
+            OPTIONS, precision="fp16", clip_gradient=clip_gradient, max_iteration=steps, snapshot_step=1,
+            loss_weights=small,
+        )  # fmt: skip
+        states = []
+
+        class Keeping:
+            def save(self, network, optimizer, state):
+                states.append(state.scaler["scale"])
+
+        train(network, stream, build_optimizer(network), options, Keeping(), workers=workers)
+        return network, states
+
+    steps = 1
+    (before, _), _ = together(2, work)
+    steps = 2
+    (first, scales), (second, _) = together(2, work)
+    assert scales == [65536.0, 32768.0]
+    assert same_weights(first, second) and same_weights(first, before) and not same_weights(first, Toy())
 
 
 def test_layers_that_draw_do_so_by_seed_step_and_images():

@@ -216,6 +216,14 @@ class TrainOptions(_Options):
         None, description="images for each optimiser step, by accumulation; null: workers × `batch_size`"
     )
     precision: Precision = Field("fp32", description="arithmetic of the network in training; fp16 is slow on CPUs")
+    clip_gradient: Positive | None = Field(
+        None, description="greatest norm of all gradients together, longer ones are shortened; null: none is"
+    )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="decay of an average of the weights, e.g. 0.9998; validation, testing and the snapshots' weight "
+        "files then have the averages; null: the weights themselves",
+    )
     compat: Literal["original"] | None = Field(
         None,
         description="original: the original's oddities in training, which its published results have in them: photos "

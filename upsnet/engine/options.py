@@ -13,6 +13,7 @@ class LoopOptions:
 
     max_iteration: optimiser steps in all. steps_per_epoch: optimiser steps in one pass over the data.
     accumulation: batches in one optimiser step. loss_weights: factors of losses in the total, 1 where not named.
+    clip_gradient: greatest norm of all gradients together. ema: decay of the average of the weights. None: neither.
     display_iter, snapshot_step: steps between two log lines, two snapshots. The rest: see `learning_rate`.
     """
 
@@ -25,6 +26,8 @@ class LoopOptions:
     accumulation: int = 1
     loss_weights: Mapping[str, float] = field(default_factory=dict)
     precision: Precision = "fp32"
+    clip_gradient: float | None = None
+    ema: float | None = None
     seed: int = 0
     display_iter: int = 20
     snapshot_step: int = 2000

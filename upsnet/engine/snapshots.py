@@ -1,18 +1,20 @@
 """Snapshots: two files a step, whole or not there, from which training goes on bit for bit.
 
-`<prefix>N.pth`: weights, class table, recipe, step, format version: what testing and others want.
+`<prefix>N.pth`: weights (averaged ones where an average is kept), class table, recipe, step, format version: what
+testing and others want.
 `<prefix>N.state.pth`: what only a resume wants, as tensors and plain values. It is renamed last: where it stands, the
 pair is complete.
 """
 
 import io
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from upsnet.checkpoints.files import FORMAT_VERSION, check_version, load_safely
 from upsnet.structures.categories import Categories
@@ -22,11 +24,15 @@ from upsnet.structures.places import sync_folder, write_temporary, writing
 
 @dataclass(frozen=True, slots=True)
 class ResumeState:
-    """Where training goes on: steps done, the seed of the run, state of the fp16 loss scaler (empty otherwise)."""
+    """Where training goes on: steps done, the seed of the run, state of the fp16 loss scaler (empty otherwise).
+
+    raw_weights: the trained weights where those beside this state are averages; see `WeightAverage.applied`.
+    """
 
     iteration: int
     seed: int
     scaler: dict[str, Any] = field(default_factory=dict)
+    raw_weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,7 @@ class Snapshots:
             "iteration": state.iteration,
             "seed": state.seed,
             "scaler": state.scaler,
+            "raw_weights": dict(state.raw_weights),
             "format_version": FORMAT_VERSION,
         }
         with writing(weights_path):
@@ -107,7 +114,7 @@ def resume(weights_path: Path, optimizer: torch.optim.Optimizer) -> ResumeState:
         raise WeightsError(
             f"{path} does not fit the trainable parameters of this network ({error}): resume with the same recipe"
         ) from error
-    return ResumeState(rest["iteration"], rest["seed"], rest["scaler"])
+    return ResumeState(rest["iteration"], rest["seed"], rest["scaler"], rest.get("raw_weights", {}))
 
 
 def complete_snapshots(folder: Path) -> list[str]:

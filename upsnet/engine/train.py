@@ -21,6 +21,7 @@ from upsnet.engine.precision import autocast
 from upsnet.engine.progress import Progress, StepValues
 from upsnet.engine.running_statistics import RunningStatistics
 from upsnet.engine.snapshots import ResumeState, Snapshots
+from upsnet.engine.weight_average import WeightAverage
 from upsnet.engine.workers import SingleWorker, Workers
 from upsnet.structures.draws import SeededDraws, seed_of
 from upsnet.structures.errors import UserError
@@ -76,6 +77,7 @@ def train(
     network.train()
     shared, optimizer = workers.share(network, optimizer, options.accumulation)
     statistics = RunningStatistics(network, workers)
+    average = WeightAverage(network, options.ema, start.raw_weights if start else None)
     with _bar(workers, total=options.max_iteration, initial=iteration, desc="train", unit="step") as bar:
         while iteration < options.max_iteration:
             began = time.perf_counter()
@@ -89,8 +91,9 @@ def train(
             workers.finish_gradients(optimizer)
             statistics.merge()
             values = _finite_values(workers.gather(_micro_batches(outputs, step_batches)), iteration)
-            _step(optimizer, scaler, workers)
+            _step(optimizer, scaler, workers, options.clip_gradient)
             iteration += 1
+            average.update(iteration)
             _follow_decay(optimizer, options, iteration)
 
             progress.step(iteration, rate, values, time.perf_counter() - began)
@@ -99,11 +102,12 @@ def train(
             last = iteration == options.max_iteration
             if iteration % options.steps_per_epoch == 0 or last:
                 if validation is not None:
-                    progress.validated(iteration, validation_values(network, validation, options, device, workers))
+                    with average.applied():
+                        seen = validation_values(network, validation, options, device, workers)
+                    progress.validated(iteration, seen)
                 progress.end_epoch()
             if snapshots is not None and workers.rank == 0 and (iteration % options.snapshot_step == 0 or last):
-                path = snapshots.save(network, optimizer, ResumeState(iteration, options.seed, scaler.state_dict()))
-                logger.info("saved %s", path)
+                _save(snapshots, network, average, optimizer, ResumeState(iteration, options.seed, scaler.state_dict()))
 
 
 def accumulate_gradients(
@@ -170,7 +174,25 @@ def _restore(start: ResumeState | None, scaler: torch.amp.GradScaler, options: L
     return start.iteration
 
 
-def _step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, workers: Workers) -> None:
+def _save(
+    snapshots: Snapshots,
+    network: nn.Module,
+    average: WeightAverage,
+    optimizer: torch.optim.Optimizer,
+    state: ResumeState,
+) -> None:
+    with average.applied() as raw:
+        path = snapshots.save(network, optimizer, replace(state, raw_weights=raw))
+    logger.info("saved %s", path)
+
+
+def _step(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, workers: Workers, longest: float | None
+) -> None:
+    """longest: norm of all gradients together, to which longer ones are shortened; None: none is."""
+    if longest is not None:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], longest)
     with workers.stepping(optimizer):
         scaler.step(optimizer)
     scaler.update()
