@@ -70,7 +70,7 @@ def test_the_log_has_the_lines_of_the_original(tiny_run):
         assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \| \w+\.py \| line \d+: \S", line), line
         assert line in tiny_run.trained.err
     named = "".join(rf"{name}=\d+\.\d+,\t" for name in LOSSES)
-    assert re.search(rf": Batch \[1\]\tSpeed: \d+\.\d\d samples/sec\tTrain-{named}", text)
+    assert re.search(rf": Batch \[1\]\tSpeed: \d+\.\d\d samples/sec\tData: \d+\.\d\d\d sec/sample\tTrain-{named}", text)
     assert re.search(rf": Batch \[2\]\t Epoch\[0\]\tVal-{named}", text)
 
 

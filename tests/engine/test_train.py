@@ -205,8 +205,8 @@ def test_what_is_logged(tmp_path, caplog):
     training = [line for line in lines if "total" in line]
     assert [line["iteration"] for line in training] == [5, 10]
     assert training[0].keys() == {
-        "iteration", "epoch", "lr", "total", "first_loss", "second_loss", "accuracy", "images_per_second", "memory",
-        "time",
+        "iteration", "epoch", "lr", "total", "first_loss", "second_loss", "accuracy", "images_per_second",
+        "data_seconds", "memory", "time",
     }  # fmt: skip
     assert training[0]["total"] == pytest.approx(training[0]["first_loss"] + 0.5 * training[0]["second_loss"])
     assert training[1]["lr"] == learning_rate(9, 0.05, 10, (6,), 3)
@@ -223,7 +223,8 @@ def test_what_is_logged(tmp_path, caplog):
     texts = [record.getMessage() for record in caplog.records]
     number = r"-?\d+\.\d+"
     values = rf"first_loss={number},\tsecond_loss={number},\taccuracy={number},\t"
-    assert re.fullmatch(rf"Batch \[5\]\tSpeed: {number} samples/sec\tTrain-{values}", texts[1])
+    speed = rf"Speed: {number} samples/sec\tData: {number} sec/sample"
+    assert re.fullmatch(rf"Batch \[5\]\t{speed}\tTrain-{values}", texts[1])
     assert re.fullmatch(rf"Batch \[4\]\t Epoch\[0\]\tVal-{values}", texts[0])
     # The text log gives means since the epoch began: at step 5 those of the first step of the second epoch.
     events = [event.value for event in scalars.Scalars("train_first_loss")]

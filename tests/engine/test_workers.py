@@ -17,7 +17,7 @@ from upsnet.structures.categories import Categories, Category
 
 CATEGORIES = Categories([Category(1, "a", True, (0, 0, 0))])
 IMAGES = 4
-UNTOLD = {"images_per_second", "memory", "time"}
+UNTOLD = {"images_per_second", "data_seconds", "memory", "time"}
 
 
 def share_of(workers, batch_size):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import resource
 import sys
 from collections.abc import Iterator, Mapping
@@ -81,7 +82,9 @@ class TrainingLog:
     """metrics.jsonl and TensorBoard of one training run; without paths it writes nothing.
 
     Lines of metrics.jsonl. Training, every `display_iter`: iteration, epoch, lr, total (weighted sum), each loss
-    (unweighted) and metric as means since the line before, images_per_second, memory (peak MiB), time (Unix seconds).
+    (unweighted) and metric as means since the line before, images_per_second, data_seconds (for which an image kept the
+    training waiting; times images_per_second it is a share of the time), memory (peak MiB), time (Unix seconds); of
+    several workers, data_seconds and memory are those of the one that has most.
     Validation: iteration, epoch, val_total, val_<name> for each loss and metric, time.
     """
 
@@ -157,9 +160,20 @@ class Means:
         return {name: total / self._weights[name] for name, total in self._sums.items()}
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Peak memory counts from here on, as far as the system can be told so."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> float:
     """Peak memory in MiB: that of the CUDA device, else that of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    # Where there is /proc, what it says: the other number can be that of the program which started this one.
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        if peak := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
+            return int(peak[1]) / 2**10
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident / 2**20 if sys.platform == "darwin" else resident / 2**10

@@ -7,29 +7,39 @@ from dataclasses import dataclass
 
 import torch
 
-from upsnet.engine.log import Means, TrainingLog, peak_memory
+from upsnet.engine.log import Means, TrainingLog, reset_peak_memory
 from upsnet.engine.options import LoopOptions
 
 logger = logging.getLogger("upsnet")
 
+WAITS_TOO_LONG = 0.2
+"""Share of the time spent on waiting for batches that is worth a warning."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepValues:
-    """Unweighted losses and metrics as means over `images` images."""
+    """Unweighted losses and metrics as means over `images` images.
+
+    waited: seconds for which the step waited for its batches. memory: peak in MiB. Both of the worker that has most.
+    """
 
     losses: dict[str, float]
     metrics: dict[str, float]
     images: int
+    waited: float = 0.0
+    memory: float = 0.0
 
 
 class Progress:
     """What is told about a run: means since the last line and since the epoch began, to log files and screen."""
 
     def __init__(self, log: TrainingLog, options: LoopOptions, device: torch.device) -> None:
-        self._log, self._options, self._device = log, options, device
+        self._log, self._options = log, options
         self._epoch_means = Means()
         self._start_line()
         self._shown = ""
+        self._lines, self._has_warned = 0, False
+        reset_peak_memory(device)
 
     def step(self, iteration: int, rate: float, values: StepValues, seconds: float) -> None:
         """Takes in a step, numbered after its update, and writes what is due."""
@@ -39,21 +49,30 @@ class Progress:
         self._epoch_means.add(named)
         self._images += values.images
         self._seconds += seconds
+        self._waited += values.waited
         self._log.scalars(iteration, {"train_total_loss": total} | _prefixed("train_", named))
-        speed = self._images / self._seconds
-        memory = peak_memory(self._device)
+        speed, share = self._images / self._seconds, self._waited / self._seconds
         means = self._line_means.values()
-        self._shown = f"lr={rate:.3g} img/s={speed:.2f} mem={memory / 1024:.1f}G " + " ".join(
+        self._shown = f"lr={rate:.3g} img/s={speed:.2f} data={share:.0%} mem={values.memory / 1024:.1f}G " + " ".join(
             f"{name}={value:.3f}" for name, value in means.items()
         )
         if iteration % self._options.display_iter == 0 or iteration == self._options.max_iteration:
             where = {"iteration": iteration, "epoch": self._epoch(iteration), "lr": rate}
-            self._log.line(
-                where | means | {"images_per_second": speed, "memory": memory, "time": round(time.time(), 2)}
-            )
+            machine = {
+                "images_per_second": speed,
+                "data_seconds": self._waited / self._images,
+                "memory": values.memory,
+                "time": round(time.time(), 2),
+            }
+            self._log.line(where | means | machine)
             logger.info(
-                "Batch [%d]\tSpeed: %.2f samples/sec\tTrain-%s", iteration, speed, _listed(self._epoch_means.values())
+                "Batch [%d]\tSpeed: %.2f samples/sec\tData: %.3f sec/sample\tTrain-%s",
+                iteration,
+                speed,
+                machine["data_seconds"],
+                _listed(self._epoch_means.values()),
             )
+            self._warn_of_waiting(share)
             self._start_line()
 
     def validated(self, iteration: int, values: StepValues) -> None:
@@ -72,8 +91,20 @@ class Progress:
         """For the progress bar."""
         return self._shown
 
+    def _warn_of_waiting(self, share: float) -> None:
+        """Once, and not for the first line, in which loader processes start."""
+        self._lines += 1
+        if share < WAITS_TOO_LONG or self._lines == 1 or self._has_warned:
+            return
+        self._has_warned = True
+        logger.warning(
+            "%.0f %% of the time training waits for images (data_seconds in the log): raise dataset.num_workers while "
+            "there are cores to spare, and have the images on a local disk (upsnet prepare coco --shards)",
+            100 * share,
+        )
+
     def _start_line(self) -> None:
-        self._line_means, self._images, self._seconds = Means(), 0, 0.0
+        self._line_means, self._images, self._seconds, self._waited = Means(), 0, 0.0, 0.0
 
     def _epoch(self, iteration: int) -> int:
         return (iteration - 1) // self._options.steps_per_epoch

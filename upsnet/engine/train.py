@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from tqdm import tqdm
 
-from upsnet.engine.log import Means, TrainingLog
+from upsnet.engine.log import Means, TrainingLog, peak_memory
 from upsnet.engine.optimizer import CaffeSGD, set_learning_rate
 from upsnet.engine.options import LoopOptions
 from upsnet.engine.precision import autocast
@@ -82,15 +82,15 @@ def train(
         while iteration < options.max_iteration:
             began = time.perf_counter()
             step_batches = _next_batches(stream, options, iteration)
+            waited = time.perf_counter() - began
             if on_first_batch is not None:
                 on_first_batch(step_batches[0])
                 on_first_batch = None
-            rate = options.learning_rate(iteration)
-            set_learning_rate(optimizer, rate)
+            set_learning_rate(optimizer, rate := options.learning_rate(iteration))
             outputs = accumulate_gradients(shared, step_batches, options, scaler, iteration, workers)
             workers.finish_gradients(optimizer)
             statistics.merge()
-            values = _finite_values(workers.gather(_micro_batches(outputs, step_batches)), iteration)
+            values = _finite_values(workers.gather(_told(outputs, step_batches, waited)), iteration)
             _step(optimizer, scaler, workers, options.clip_gradient)
             iteration += 1
             average.update(iteration)
@@ -229,12 +229,27 @@ class MicroBatch(NamedTuple):
     image_ids: list[int]
 
 
+class Told(NamedTuple):
+    """What a worker tells the others in a step: of its micro-batches, for how many seconds it waited for them, and its
+    peak memory in MiB."""
+
+    parts: list[MicroBatch]
+    waited: float
+    memory: float
+
+
 def _micro_batches(outputs: Sequence[TrainingOutput], batches: Sequence[Batch]) -> list[MicroBatch]:
     return [MicroBatch(*values, batch.image_ids) for values, batch in zip(_numbers(outputs), batches, strict=True)]
 
 
-def _finite_values(of_workers: Sequence[Sequence[MicroBatch]], iteration: int) -> StepValues:
+def _told(outputs: Sequence[TrainingOutput], batches: Sequence[Batch], waited: float) -> Told:
+    device = next(iter(outputs[0].losses.values())).device
+    return Told(_micro_batches(outputs, batches), waited, peak_memory(device))
+
+
+def _finite_values(told: Sequence[Told], iteration: int) -> StepValues:
     """Means over the step's images; stops at the first loss that is not finite."""
+    of_workers = [of_worker.parts for of_worker in told]
     for part in chain.from_iterable(of_workers):
         for name, value in part.losses.items():
             if not math.isfinite(value):
@@ -243,7 +258,8 @@ def _finite_values(of_workers: Sequence[Sequence[MicroBatch]], iteration: int) -
                     f"step {iteration}: {name} is {value} on image {ids}: training stops before this step; "
                     f"lower train.lr or look at this image"
                 )
-    return _means(of_workers)
+    waited, memory = max(of_worker.waited for of_worker in told), max(of_worker.memory for of_worker in told)
+    return replace(_means(of_workers), waited=waited, memory=memory)
 
 
 def _means(of_workers: Sequence[Sequence[MicroBatch]]) -> StepValues:

@@ -13,7 +13,7 @@ Values = NDArray[np.float64]
 WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 48, 10, 30, 24
 MOST_POINTS = 300
-NOT_DRAWN = {"iteration", "epoch", "time", "memory", "images_per_second"}
+NOT_DRAWN = {"iteration", "epoch", "time", "memory", "images_per_second", "data_seconds"}
 
 
 def draw_curves(history: Sequence[Mapping[str, Any]]) -> str:
