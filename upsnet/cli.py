@@ -256,6 +256,8 @@ def _test(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     from upsnet import commands
 
+    if not options.eval_only:
+        commands.launch_on_several_gpus(recipe, for_training=False)
     commands.test(recipe, Path(options.weight_path) if options.weight_path else None, options.eval_only)
 
 

@@ -104,3 +104,11 @@ def test_test_batches_hold_one_padded_size(batch_size):
     assert len(SamePaddedSizeSampler(sizes, batch_size)) == len(batches)
     full = sum(-(-n // batch_size) for n in Counter(sizes).values())
     assert len(batches) == full, "as few batches as can be"
+
+
+@pytest.mark.parametrize("workers", [2, 3, 20])
+def test_workers_share_test_batches_out(workers):
+    sizes = [(32 * (i % 3), 32) for i in range(25)]
+    dealt = [list(SamePaddedSizeSampler(sizes, 2, worker, workers)) for worker in range(workers)]
+    assert sorted(batch for share in dealt for batch in share) == list(SamePaddedSizeSampler(sizes, 2))
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1

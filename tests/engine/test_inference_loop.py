@@ -1,10 +1,12 @@
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
 
+from tests.engine.thread_workers import together
 from tests.engine.toy import Toy, batch_of, truth_of
-from upsnet.engine.inference_loop import predict_batches, run_test
+from upsnet.engine.inference_loop import predict_batches, run_test, score_in_memory
 from upsnet.structures.errors import DataError
 from upsnet.structures.results import Prediction
 
@@ -64,3 +66,36 @@ def test_passes_run_without_gradients_and_in_the_precision_asked_for():
         for _ in predict_batches(Looks(), [batch_of([1])], precision):
             assert not torch.is_inference_mode_enabled()
     assert modes == [(True, torch.float32), (True, torch.bfloat16)]
+
+
+@dataclass
+class Sizes:
+    """An evaluator whose sum depends on the order of its terms."""
+
+    total: float = 0.0
+
+    def measure(self, prediction, truth):
+        return float(prediction.segment_map.mean()) * 10.0**prediction.image_id
+
+    def count(self, measured):
+        self.total = self.total / 3 + measured
+
+    def summary(self):
+        return {"total": self.total}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_several_workers_score_in_memory_what_one_does(training):
+    images = [5, 2, 9, 4, 7]
+
+    def score(workers, ids=images):
+        network = Toy().train(training)
+        own = [batch_of([i]) for i in images[workers.rank :: workers.count]]
+        summary = score_in_memory(network, own, ids, truth_of, Sizes(), workers)
+        assert network.training == training
+        return summary
+
+    (alone,) = together(1, score)
+    assert together(2, score) == [alone] * 2 and together(6, score) == [alone] * 6
+    with pytest.raises(DataError, match="5 predictions of 4 images"):
+        together(1, partial(score, ids=images[:4]))

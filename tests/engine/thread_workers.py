@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from threading import Barrier
+from threading import Barrier, BrokenBarrierError
 from typing import Any
 
 
@@ -46,10 +46,18 @@ class ThreadWorkers:
     def close(self):
         pass
 
+    def abandon(self):
+        """Ends the waiting of the others, as a launcher ends them when a worker fails."""
+        self._barrier.abort()
+
 
 def together(count: int, work: Callable[[ThreadWorkers], Any]) -> list[Any]:
     """What `work` returns for each of `count` workers; the first error of one is raised."""
     board, barrier = [None] * count, Barrier(count, timeout=60)
     workers = [ThreadWorkers(rank, count, board, barrier) for rank in range(count)]
     with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(work, workers))
+        running = [pool.submit(work, worker) for worker in workers]
+    errors = [error for one in running if (error := one.exception())]
+    for error in sorted(errors, key=lambda error: isinstance(error, BrokenBarrierError)):
+        raise error
+    return [one.result() for one in running]

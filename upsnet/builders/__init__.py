@@ -6,6 +6,7 @@ from upsnet.builders.data import (
     build_training_loader,
     build_training_set,
     check_class_counts,
+    test_order,
     test_views,
     training_transform,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "no_submission",
     "prepare_for_test",
     "start_from_pretrained",
+    "test_order",
     "test_views",
     "training_transform",
     "write_submission",

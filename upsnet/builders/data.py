@@ -116,8 +116,23 @@ def build_training_loader(
     return BatchLoader(dataset, sampler, recipe.dataset.num_workers)
 
 
-def build_test_loader(recipe: Recipe, dataset: CocoPanoptic) -> BatchLoader:
-    """Batches of images of equal padded size, every image once, in all views; with targets in the first one alone."""
-    photos = dataset if dataset.targets else PhotoViews(dataset, test_views(recipe))
-    sampler = SamePaddedSizeSampler(photos.padded_sizes(), recipe.test.batch_size)
+def build_test_loader(recipe: Recipe, dataset: CocoPanoptic, worker: int = 0, num_workers: int = 1) -> BatchLoader:
+    """A worker's batches of images of equal padded size, in all views; with targets in the first one alone.
+
+    Every image comes once, on one of the workers.
+    """
+    photos = _test_photos(recipe, dataset)
+    sampler = SamePaddedSizeSampler(photos.padded_sizes(), recipe.test.batch_size, worker, num_workers)
     return BatchLoader(photos, sampler, recipe.dataset.num_workers)
+
+
+def test_order(recipe: Recipe, dataset: CocoPanoptic, worker: int = 0, num_workers: int = 1) -> list[int]:
+    """The image ids in the order of a worker's `build_test_loader`."""
+    sizes, ids = _test_photos(recipe, dataset).padded_sizes(), dataset.image_ids.tolist()
+    return [
+        ids[i] for batch in SamePaddedSizeSampler(sizes, recipe.test.batch_size, worker, num_workers) for i in batch
+    ]
+
+
+def _test_photos(recipe: Recipe, dataset: CocoPanoptic) -> CocoPanoptic | PhotoViews:
+    return dataset if dataset.targets else PhotoViews(dataset, test_views(recipe))

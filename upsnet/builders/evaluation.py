@@ -4,7 +4,7 @@ from pathlib import Path
 
 from upsnet.config import Recipe
 from upsnet.dataset.cityscapes import instance_id_reader
-from upsnet.engine.inference_loop import Evaluator
+from upsnet.engine.inference_loop import SharedEvaluator
 from upsnet.evaluation.cityscapes import CityscapesAP
 from upsnet.evaluation.detection_files import detection_file
 from upsnet.evaluation.instance_ap import InstanceAP
@@ -13,13 +13,13 @@ from upsnet.evaluation.semantic_iou import SemanticIoU
 from upsnet.structures.categories import Categories
 
 
-def build_evaluators(recipe: Recipe, categories: Categories, folder: Path) -> dict[str, Evaluator]:
+def build_evaluators(recipe: Recipe, categories: Categories, folder: Path) -> dict[str, SharedEvaluator]:
     """The evaluators by the name of their part in summary.json, in the order of the printed tables.
 
     Args:
         folder: where the results of the test lie; the finished files in it are read when summaries are asked for.
     """
-    evaluators: dict[str, Evaluator] = {
+    evaluators: dict[str, SharedEvaluator] = {
         "panoptic": PanopticQuality(categories),
         "box": InstanceAP(categories, detection_file(folder, "bbox"), "bbox"),
         "mask": InstanceAP(categories, detection_file(folder, "segm"), "segm"),

@@ -19,6 +19,7 @@ from upsnet.engine.log import TrainingLog, logging_to
 from upsnet.engine.options import LoopOptions
 from upsnet.engine.snapshots import ResumeState, Snapshots, complete_snapshots, resume
 from upsnet.engine.train import train as run_training
+from upsnet.engine.workers import Workers
 from upsnet.models.upsnet import UPSNet
 from upsnet.structures.categories import Categories
 from upsnet.structures.errors import DataError, RecipeError, WeightsError
@@ -57,7 +58,7 @@ def train(recipe: Recipe) -> Path:
         snapshots = Snapshots(folder, recipe.model_prefix, dataset.categories, dump_recipe(recipe))
         if start is None and ((folder / "metrics.jsonl").exists() or complete_snapshots(folder)):
             logger.warning("an earlier run in %s is replaced; train.resume=true would go on with it", folder)
-        validation = _validation_batches(recipe, dataset) if recipe.train.eval_data else None
+        validation = _validation_batches(recipe, dataset, workers) if recipe.train.eval_data else None
         begin = start.iteration if start else 0
         tensorboard = paths.tensorboard_folder(recipe, now)
         with TrainingLog(folder / "metrics.jsonl", tensorboard, begin) if is_first else TrainingLog() as log:
@@ -151,14 +152,14 @@ def _say_what_is_trained(
     )
 
 
-def _validation_batches(recipe: Recipe, training_set: CocoPanoptic) -> BatchLoader:
+def _validation_batches(recipe: Recipe, training_set: CocoPanoptic, workers: Workers) -> BatchLoader:
     dataset = builders.build_test_set(recipe, targets=True)
     if dataset.categories != training_set.categories:
         raise DataError(
             f"{recipe.dataset.dataset_path}: {recipe.dataset.test_image_set} has other categories than "
             f"{recipe.dataset.image_set}: correct one of the panoptic json files"
         )
-    return builders.build_test_loader(recipe, dataset)
+    return builders.build_test_loader(recipe, dataset, workers.rank, workers.count)
 
 
 def _count_parameters(network: nn.Module) -> int:

@@ -1,5 +1,6 @@
 """Which photos meet in a batch, and how they are put together."""
 
+import signal
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
@@ -12,6 +13,9 @@ from torch.utils.data import Sampler
 from upsnet.dataset.transforms import padded_size
 from upsnet.structures.draws import seed_of
 from upsnet.structures.sample import VOID, Batch, Sample, Targets
+
+SECONDS_AFTER_SIGTERM = 3
+"""So long a loader process goes on, so that the step in progress can be finished."""
 
 
 class Draw(NamedTuple):
@@ -102,6 +106,11 @@ class TrainingSampler(Sampler[list[Draw]]):
         """Number of micro-batches."""
         return max(self.steps - self.start_step, 0) * self.accumulation
 
+    def replacement(self, draw: Draw, attempt: int) -> Draw:
+        """Another entry in place of one that cannot be read: a function of seed, step, entry and attempt."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, draw.step, draw.entry, attempt))
+        return Draw(int(torch.randint(self.length, (1,), generator=generator)), draw.step)
+
     def index_at(self, position: int) -> int:
         """The entry at a position of the endless row."""
         epoch, offset = divmod(position, self.length)
@@ -117,16 +126,22 @@ class TrainingSampler(Sampler[list[Draw]]):
 class SamePaddedSizeSampler(Sampler[list[int]]):
     """Batches for testing: every index once, together only with images of the same padded size.
 
-    The global-average branch of the FPN sees the padding, so an image must not be padded beyond its own size.
+    The global-average branch of the FPN sees the padding, so an image must not be padded beyond its own size. The
+    batches are dealt out to the workers one by one, so that they are the same however many workers there are.
     """
 
-    def __init__(self, padded_sizes: Sequence[Hashable], batch_size: int) -> None:
-        """padded_sizes: of each image, (H, W), or those of all its views."""
+    def __init__(
+        self, padded_sizes: Sequence[Hashable], batch_size: int, worker: int = 0, num_workers: int = 1
+    ) -> None:
+        """Args:
+        padded_sizes: of each image, (H, W), or those of all its views.
+        worker: rank of this process, of num_workers.
+        """
         groups: dict[Hashable, list[int]] = defaultdict(list)
         for index, padded in enumerate(padded_sizes):
             groups[padded].append(index)
         parts = (group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size))
-        self._batches = sorted(parts)
+        self._batches = sorted(parts)[worker::num_workers]
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self._batches)
@@ -136,5 +151,10 @@ class SamePaddedSizeSampler(Sampler[list[int]]):
 
 
 def start_loader_process(_: int) -> None:
-    """`worker_init_fn` of data loaders: no threads inside loader processes, which are as many as there are cores."""
+    """`worker_init_fn` of data loaders: no threads inside loader processes, which are as many as there are cores; and
+    what a signal to the whole group makes of a training is its main process' to say, which may still want a batch.
+    """
     cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))

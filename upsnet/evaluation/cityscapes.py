@@ -42,7 +42,11 @@ class CityscapesAP:
         self._matches: dict[int, dict[str, Any]] = {}
 
     def add(self, prediction: Prediction, truth: Truth) -> None:
-        """Counts the pixels of one photo.
+        """Counts the pixels of one photo; errors as in `measure`."""
+        self.count(self.measure(prediction, truth))
+
+    def measure(self, prediction: Prediction, truth: Truth) -> dict[str, Any]:
+        """What `count` wants of one photo, as json holds it.
 
         Raises:
             DataError: the instance-id image is missing or damaged, or the masks have another size.
@@ -56,7 +60,11 @@ class CityscapesAP:
                     f"image {truth.image_id}: a mask has {mask['size'][0]}×{mask['size'][1]} pixels (height × width), "
                     f"the truth {ids.shape[0]}×{ids.shape[1]}: predictions must have the photo's own size"
                 )
-        self._matches[truth.image_id] = self._match(prediction.instances, ids)
+        return {"image_id": truth.image_id, "matches": self._match(prediction.instances, ids)}
+
+    def count(self, measured: dict[str, Any]) -> None:
+        """Keeps what `measure` has found."""
+        self._matches[measured["image_id"]] = measured["matches"]
 
     def summary(self) -> dict[str, Any]:
         """Scores × 100 in full precision.

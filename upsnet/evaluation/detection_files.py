@@ -33,7 +33,7 @@ def detection_records(instances: Detections, image_id: int, categories: Categori
             x1, y1, x2, y2 = boxes[i].tolist()
             record["bbox"] = [x1, y1, x2 - x1 + 1, y2 - y1 + 1]
         else:
-            record["segmentation"] = _text_rle(instances.masks[i])
+            record["segmentation"] = text_rle(instances.masks[i])
         records.append({**record, "score": score})
     return records
 
@@ -110,7 +110,8 @@ def _checked_rle(rle: dict[str, Any], size: tuple[int, ...] | None) -> dict[str,
     return rle
 
 
-def _text_rle(rle: dict[str, Any]) -> dict[str, Any]:
+def text_rle(rle: dict[str, Any]) -> dict[str, Any]:
+    """A COCO RLE as json holds it: pycocotools encodes to bytes and reads both."""
     counts = rle["counts"]
     text = counts.decode("ascii") if isinstance(counts, bytes) else counts
     return {"size": [int(length) for length in rle["size"]], "counts": text}

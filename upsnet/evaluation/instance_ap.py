@@ -17,6 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
+from upsnet.evaluation.detection_files import text_rle
 from upsnet.evaluation.json_files import read_json
 from upsnet.structures.categories import Categories
 from upsnet.structures.errors import DataError
@@ -45,17 +46,28 @@ class InstanceAP:
 
     def add(self, prediction: Prediction, truth: Truth) -> None:
         """Keeps the true instances of one photo."""
+        self.count(self.measure(prediction, truth))
+
+    def measure(self, prediction: Prediction, truth: Truth) -> dict[str, Any]:
+        """What `count` wants of one photo, as json holds it."""
         if prediction.instances is None:
             raise ValueError(f"image {prediction.image_id}: the prediction has no instances")
         height, width = truth.segment_map.shape
-        self._images.append({"id": truth.image_id, "height": height, "width": width})
+        annotations = []
         for annotation in truth.annotations:
             kept = {key: value for key, value in annotation.items() if key in KEPT}
             if self._kind == "segm":
                 # Polygons take many times the memory of the RLE that pycocotools makes of them anyway.
-                kept["segmentation"] = _rle(annotation["segmentation"], height, width)
+                kept["segmentation"] = text_rle(_rle(annotation["segmentation"], height, width))
+            annotations.append({**kept, "image_id": truth.image_id})
+        return {"image": {"id": truth.image_id, "height": height, "width": width}, "annotations": annotations}
+
+    def count(self, measured: dict[str, Any]) -> None:
+        """Keeps what `measure` has found."""
+        self._images.append(measured["image"])
+        for annotation in measured["annotations"]:
             # Ids that were made up photo by photo may repeat; pycocotools needs them unique and not 0.
-            self._annotations.append({**kept, "image_id": truth.image_id, "id": len(self._annotations) + 1})
+            self._annotations.append({**annotation, "id": len(self._annotations) + 1})
 
     def summary(self) -> dict[str, float | None]:
         """Scores × 100 in full precision, from the finished results file.

@@ -204,12 +204,20 @@ class PanopticQuality:
 
     def add_matching(self, matching: Matching) -> None:
         """Counts one photo whose segments are matched already."""
-        for match in matching.matched:
-            self._iou[match.truth.semantic_id] += match.iou
-            self._counts[0, match.truth.semantic_id] += 1
-        for row, segments in ((1, matching.invented), (2, matching.missed)):
-            for segment in segments:
-                self._counts[row, segment.semantic_id] += 1
+        self.count(_measured(matching))
+
+    def measure(self, prediction: Prediction, truth: Truth) -> dict[str, Any]:
+        """What `count` wants of one photo, as json holds it; errors as in `match_segments`."""
+        return _measured(match_segments(prediction, truth, self._categories))
+
+    def count(self, measured: dict[str, Any]) -> None:
+        """Counts what `measure` has found."""
+        for semantic_id, iou in measured["matched"]:
+            self._iou[semantic_id] += iou
+            self._counts[0, semantic_id] += 1
+        for row, kind in ((1, "invented"), (2, "missed")):
+            for semantic_id in measured[kind]:
+                self._counts[row, semantic_id] += 1
 
     def summary(self) -> dict[str, Any]:
         """PQ, SQ and RQ × 100, in full precision.
@@ -243,6 +251,15 @@ class PanopticQuality:
             "fp": fp,
             "fn": fn,
         }
+
+
+def _measured(matching: Matching) -> dict[str, Any]:
+    """`matched`: class and IoU of each; `invented`, `missed`: the class of each."""
+    return {
+        "matched": [(match.truth.semantic_id, match.iou) for match in matching.matched],
+        "invented": [segment.semantic_id for segment in matching.invented],
+        "missed": [segment.semantic_id for segment in matching.missed],
+    }
 
 
 def _mean(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -9,6 +9,7 @@
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -28,6 +29,9 @@ from upsnet.structures.places import writing
 from upsnet.structures.results import Prediction
 from upsnet.structures.sample import VOID
 
+PARTS = ("panoptic", "semantic", "instances")
+"""What a prediction may have, by the names of index.json."""
+
 RETRY = "run the test without --eval_only"
 
 
@@ -45,12 +49,14 @@ class ResultWriter:
         self._folder = folder
         self._categories = categories
         self._images: list[dict[str, Any]] = []
-        self._names: set[str] = set()
+        self._names = PngNames()
         self._parts: list[str] | None = None
         with writing(folder / "index.json"):
             # What lies here from an earlier test is no longer complete from now on, and its scores are of nothing here.
             for name in ("index.json", "summary.json"):
                 (folder / name).unlink(missing_ok=True)
+            if parts_folder(folder).exists():
+                shutil.rmtree(parts_folder(folder))
         self._lists: dict[str, JsonListWriter] = {}
         try:
             self._lists["panoptic"] = JsonListWriter(folder / "panoptic.json", head='{"annotations": [')
@@ -66,34 +72,27 @@ class ResultWriter:
         Raises:
             PlaceError: the folder cannot be written or the disk is full.
         """
-        parts = _parts_of(prediction)
+        png_name = self._names.of(prediction.image_id, prediction.file_name)
+        self.add_records(write_pngs(self._folder, prediction, png_name, self._categories))
+
+    def add_records(self, records: dict[str, Any]) -> None:
+        """Takes in what `write_pngs` told of one photo.
+
+        Raises:
+            PlaceError: the folder cannot be written or the disk is full.
+        """
+        parts, image = [part for part in PARTS if part in records], records["image"]
         if self._parts is None:
             self._parts = parts
         elif parts != self._parts:
-            raise ValueError(f"image {prediction.image_id} has the parts {parts}, the images before it {self._parts}")
-        png_name = self._png_name(prediction)
-        height = width = 0
-        if prediction.segment_map is not None:
-            height, width = prediction.segment_map.shape
-            write_png(self._folder / "panoptic" / png_name, id_to_rgb(prediction.segment_map))
-            self._lists["panoptic"].write(panoptic_record(prediction, png_name, self._categories))
-        if prediction.semantic_map is not None:
-            height, width = prediction.semantic_map.shape
-            pixels = _semantic_pixels(prediction.semantic_map, len(self._categories))
-            write_png(self._folder / "semantic" / png_name, pixels)
-        if prediction.instances is not None:
+            raise ValueError(f"image {image['id']} has the parts {parts}, the images before it {self._parts}")
+        self._images.append(image)
+        if "panoptic" in parts:
+            self._lists["panoptic"].write(records["panoptic"])
+        if "instances" in parts:
             for kind in DETECTION_KINDS:
-                for record in detection_records(prediction.instances, prediction.image_id, self._categories, kind):
+                for record in records["instances"][kind]:
                     self._lists[kind].write(record)
-        self._images.append(
-            {
-                "id": prediction.image_id,
-                "file_name": prediction.file_name,
-                "height": height,
-                "width": width,
-                "png": png_name,
-            }
-        )
 
     def close(self) -> None:
         """Gives the files their names; index.json comes last.
@@ -111,6 +110,7 @@ class ResultWriter:
                 for kind in DETECTION_KINDS:
                     self._lists[kind].close()
             write_json(self._folder / "index.json", {"parts": parts, "images": self._images, "categories": categories})
+            shutil.rmtree(parts_folder(self._folder), ignore_errors=True)
         finally:
             self._discard()
 
@@ -130,14 +130,57 @@ class ResultWriter:
         for writer in self._lists.values():
             writer.discard()
 
-    def _png_name(self, prediction: Prediction) -> str:
-        """The photo's name with .png; with the image id where two photos differ only in folder or ending."""
-        stem = PurePosixPath(prediction.file_name).stem
+
+def parts_folder(folder: Path) -> Path:
+    """Where the workers of a test leave their parts of a result folder, see `result_parts.py`."""
+    return folder / "parts"
+
+
+class PngNames:
+    """Names of PNGs: the photo's with .png; with the image id where one before it differs only in folder or ending."""
+
+    def __init__(self) -> None:
+        self._given: set[str] = set()
+
+    def of(self, image_id: int, file_name: str) -> str:
+        """The name for the next photo."""
+        stem = PurePosixPath(file_name).stem
         name = f"{stem}.png"
-        if name.lower() in self._names:
-            name = f"{stem}_{prediction.image_id}.png"
-        self._names.add(name.lower())
+        if name.lower() in self._given:
+            name = f"{stem}_{image_id}.png"
+        self._given.add(name.lower())
         return name
+
+
+def write_pngs(folder: Path, prediction: Prediction, png_name: str, categories: Categories) -> dict[str, Any]:
+    """Writes the maps of one photo into a result folder; what goes into the json files of it: `image` and `PARTS`.
+
+    Raises:
+        PlaceError: the folder cannot be written or the disk is full.
+    """
+    records: dict[str, Any] = {}
+    height = width = 0
+    if prediction.segment_map is not None:
+        height, width = prediction.segment_map.shape
+        write_png(folder / "panoptic" / png_name, id_to_rgb(prediction.segment_map))
+        records["panoptic"] = panoptic_record(prediction, png_name, categories)
+    if prediction.semantic_map is not None:
+        height, width = prediction.semantic_map.shape
+        write_png(folder / "semantic" / png_name, _semantic_pixels(prediction.semantic_map, len(categories)))
+        records["semantic"] = None  # all is in the PNG
+    if prediction.instances is not None:
+        records["instances"] = {
+            kind: detection_records(prediction.instances, prediction.image_id, categories, kind)
+            for kind in DETECTION_KINDS
+        }
+    records["image"] = {
+        "id": prediction.image_id,
+        "file_name": prediction.file_name,
+        "height": height,
+        "width": width,
+        "png": png_name,
+    }
+    return records
 
 
 def read_results(folder: Path, categories: Categories) -> Iterator[Prediction]:
@@ -215,15 +258,6 @@ def _read_panoptic_records(folder: Path) -> dict[int, dict[str, Any]]:
     if not isinstance(content, dict):
         raise DataError(f"{path}: is damaged: {RETRY}")
     return records_by_image(content, path)
-
-
-def _parts_of(prediction: Prediction) -> list[str]:
-    parts = {
-        "panoptic": prediction.segment_map,
-        "semantic": prediction.semantic_map,
-        "instances": prediction.instances,
-    }
-    return [name for name, part in parts.items() if part is not None]
 
 
 def _void_pixel(num_classes: int) -> int:

@@ -19,7 +19,11 @@ class SemanticIoU:
         self._confusion = np.zeros((size, size + 1), dtype=np.int64)
 
     def add(self, prediction: Prediction, truth: Truth) -> None:
-        """Counts one photo.
+        """Counts one photo; errors as in `measure`."""
+        self.count(self.measure(prediction, truth))
+
+    def measure(self, prediction: Prediction, truth: Truth) -> dict[str, list[int]]:
+        """What `count` wants of one photo, as json holds it: the cells of the matrix that are not 0, and their pixels.
 
         Raises:
             DataError: the maps differ in size, or one holds a class that the table does not have.
@@ -43,8 +47,14 @@ class SemanticIoU:
                     f"image {truth.image_id}: the semantic map of the {side} holds class {classes.max()}, the class "
                     f"table has {size} classes"
                 )
-        counts = np.bincount(rows * (size + 1) + columns, minlength=self._confusion.size)
-        self._confusion += counts.reshape(self._confusion.shape)
+        counts = np.bincount(rows * (size + 1) + columns)
+        cells = counts.nonzero()[0]
+        return {"cells": cells.tolist(), "pixels": counts[cells].tolist()}
+
+    def count(self, measured: dict[str, list[int]]) -> None:
+        """Counts what `measure` has found."""
+        cells, pixels = (np.asarray(measured[name], dtype=np.int64) for name in ("cells", "pixels"))
+        self._confusion.reshape(-1)[cells] += pixels
 
     def summary(self) -> dict[str, Any]:
         """Scores × 100, in full precision.
