@@ -8,6 +8,8 @@ usage() {
 ./init.sh                 set up: .venv (or the active environment, conda's too), packages, native operators, and the
                           ResNets that recipes start from (270 MB into model/), if their sources are reached
 ./init.sh demo [...]      set up, then the demo: generate data, train, test, report; arguments go to `upsnet demo`
+./init.sh horovod         set up, then build Horovod for several workers (minutes; kept in ~/.cache/upsnet for later): with
+                          Gloo for CPUs, and with NCCL for GPUs where nvcc and pip's NCCL are found
 ./init.sh test [...]      set up, then ruff, mypy and the quick tests; arguments go to pytest
 ./init.sh help            this text
 Set-up takes minutes the first time and seconds afterwards. The native operators need a C++20 compiler (CXX, c++, g++
@@ -121,6 +123,96 @@ set_up_native() {
     fi
 }
 
+# Folder of CUDA's toolkit, if Horovod can be compiled for NCCL. nvcc on the path may be a wrapper, so it is asked itself.
+find_cuda() {
+    local top
+    [[ -f "$site/nvidia/nccl/lib/libnccl.so.2" ]] || return 1
+    top="$("${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" --dryrun -x cu -c /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')"
+    [[ -n "$top" ]] && (cd "$top" && pwd -P)
+}
+
+# Horovod's CMake files want a CMake from 3.13 on and below 4.
+find_cmake() {
+    if cmake --version 2>/dev/null | grep -Eq '^cmake version 3\.(1[3-9]|[2-9][0-9])\.'; then
+        command -v cmake
+    else
+        "$python" -m pip install -q --target "$build/cmake" 'cmake>=3.31,<4' >&2 || return 1
+        echo "$build/cmake/cmake/data/bin/cmake"
+    fi
+}
+
+# The folder `build` gets a wheel, for GPUs, too, where the folder of CUDA's toolkit is given. What is exported ends here.
+build_horovod() (
+    cuda="$1" source="$build/horovod-$horovod_version"
+    rm -rf "$build"
+    mkdir -p "$build/nccl/lib"
+    "$python" -m pip download -q --no-deps --no-build-isolation --no-binary horovod --dest "$build" \
+        "horovod==$horovod_version" && tar -xf "$source.tar.gz" -C "$build" || exit 1
+    HOROVOD_CMAKE="$(find_cmake)" || exit 1
+    # Horovod's CMake files ask for C++14, torch's headers want C++20: of two such options a compiler takes the last.
+    compiler="$(command -v "$CXX")"
+    printf '#!/bin/sh\nexec "%s" "$@" -std=c++20\n' "$compiler" >"$build/c++"
+    chmod +x "$build/c++"
+    if [[ -n "$cuda" ]]; then
+        ln -s "$site/nvidia/nccl/include" "$build/nccl/include"
+        ln -s "$site/nvidia/nccl/lib/libnccl.so.2" "$build/nccl/lib/libnccl.so"
+        export HOROVOD_GPU_OPERATIONS=NCCL HOROVOD_NCCL_LINK=SHARED HOROVOD_NCCL_HOME="$build/nccl"
+        export CUDA_HOME="$cuda" HOROVOD_CUDA_HOME="$cuda" CUDAHOSTCXX="$compiler" NVCC_APPEND_FLAGS=-std=c++17
+        CPATH="$(printf '%s:' "$site"/nvidia/{cu*,nccl}/include)"
+        export CPATH="${CPATH%:}"
+    else
+        # Otherwise it would want the whole toolkit where it finds nvcc.
+        sed -i.before 's/print(True if ((torch.version.cuda/print(True if (False and (torch.version.cuda/' \
+            "$source/cmake/Modules/FindPytorch.cmake"
+    fi
+    export HOROVOD_CMAKE HOROVOD_WITH_GLOO=1 HOROVOD_CPU_OPERATIONS=GLOO HOROVOD_WITHOUT_MPI=1
+    export HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1
+    CXX="$build/c++" MAKEFLAGS="-j$(getconf _NPROCESSORS_ONLN)" \
+        "$python" -m pip wheel --no-deps --no-build-isolation --wheel-dir "$build" "$source"
+)
+
+install_horovod() {
+    local install=("$python" -m pip install -qq --disable-pip-version-check --constraint constraints.txt)
+    # The first line puts this very wheel in place of another one of the same version, the second what it depends on.
+    "${install[@]}" --force-reinstall --no-deps "$1" && "${install[@]}" "horovod==$horovod_version" &&
+        "$python" -c 'import horovod.torch'
+}
+
+# Argument: nccl or gloo; with nccl GPUs are reached where that is possible.
+set_up_horovod() {
+    local horovod_version=0.28.1 log=build/horovod.log build="$PWD/build/horovod" started=$SECONDS
+    local stamp="$environment/.upsnet-horovod" site cuda='' kind="$1" key wheels
+    site="$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    if [[ $kind == nccl ]] && ! cuda="$(find_cuda)"; then
+        say "horovod: nvcc or pip's NCCL is not found, so with Gloo only, for CPUs"
+        kind=gloo
+    fi
+    key="$("$python" -c 'import sys, sysconfig, torch
+print(torch.__version__, sysconfig.get_config_var("SOABI"), *sys.argv[1:], sep="_")' "$horovod_version" $kind)"
+    if [[ -f "$stamp" && "$(<"$stamp")" == "$key" ]] && "$python" -c 'import horovod.torch' 2>/dev/null; then
+        say "horovod: built before, with $kind"
+        return
+    fi
+    wheels="${XDG_CACHE_HOME:-$HOME/.cache}/upsnet/wheels/$key"
+    if ! compgen -G "$wheels/horovod-*.whl" >/dev/null; then
+        CXX="$(find_compiler)" || fail "horovod: no C++20 compiler works here: install g++, or name one by CXX"
+        say "horovod: building $horovod_version ($kind), some minutes; messages go to $log"
+        mkdir -p build "$wheels"
+        if ! build_horovod "$cuda" >"$log" 2>&1; then
+            [[ $kind == nccl ]] || fail "horovod: not built, the messages are in $log"
+            mv "$log" "${log%.log}-nccl.log"
+            say "horovod: not built with NCCL, the messages are in ${log%.log}-nccl.log; so with Gloo only, for CPUs"
+            set_up_horovod gloo
+            return
+        fi
+        mv "$build"/horovod-*.whl "$wheels/"
+        rm -rf "$build"
+    fi
+    install_horovod "$wheels"/horovod-*.whl || fail "horovod: its wheel in $wheels does not serve, see above: delete it"
+    printf '%s' "$key" >"$stamp"
+    say "horovod: $horovod_version with $kind installed, in $((SECONDS - started)) s; horovodrun --check-build shows it"
+}
+
 # Neither the demo nor the tests need weights, so only the plain set-up fetches them.
 set_up_weights() {
     "$python" -m upsnet download-weights imagenet --if-online ||
@@ -148,7 +240,7 @@ main() {
             usage
             exit
             ;;
-        setup | demo | test) shift || true ;;
+        setup | horovod | demo | test) shift || true ;;
         *)
             say "unknown command '$command'" >&2
             usage >&2
@@ -164,6 +256,7 @@ main() {
             set_up_weights
             say_what_is_next
             ;;
+        horovod) set_up_horovod nccl ;;
         demo) exec "$environment/bin/upsnet" demo "$@" ;;
         test) run_tests "$@" ;;
     esac

@@ -29,6 +29,9 @@ class ThreadWorkers:
     def stepping(self, optimizer):
         return nullcontext()
 
+    def end_step(self, keep):
+        pass
+
     def gather(self, value):
         self._board[self.rank] = value
         self._barrier.wait()

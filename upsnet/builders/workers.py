@@ -39,7 +39,8 @@ def build_workers(recipe: Recipe, for_training: bool = True) -> tuple[Workers, t
     if launcher == "plain":
         return SingleWorker(), choose_device(recipe)
     if launcher == "horovodrun":
-        raise RecipeError("horovodrun: not yet")
+        device = choose_device(recipe, local_rank=int(os.environ["HOROVOD_LOCAL_RANK"]))
+        return _horovod_workers(recipe, device), device
     device = choose_device(recipe, local_rank=int(os.environ["LOCAL_RANK"]))
     return TorchWorkers(device), device
 
@@ -69,3 +70,13 @@ def _check_launcher(recipe: Recipe, launcher: Launcher) -> None:
         raise RecipeError(
             "this is a launch by horovodrun, but train.use_horovod is false: add train.use_horovod=true to the command"
         )
+
+
+def _horovod_workers(recipe: Recipe, device: torch.device) -> Workers:
+    try:
+        from upsnet.engine.horovod_workers import HorovodWorkers
+    except ImportError as error:
+        raise RecipeError(
+            f"this is a launch by horovodrun, but Horovod cannot be loaded here ({error}): run ./init.sh horovod"
+        ) from error
+    return HorovodWorkers(device, recipe.train.horovod_compression)

@@ -3,6 +3,7 @@
 import logging
 from contextlib import closing
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from upsnet.dataset.loading import BatchLoader
 from upsnet.engine.log import TrainingLog, logging_to
 from upsnet.engine.options import LoopOptions
 from upsnet.engine.snapshots import ResumeState, Snapshots, complete_snapshots, resume
+from upsnet.engine.standing import unpack
 from upsnet.engine.train import train as run_training
 from upsnet.engine.workers import Workers
 from upsnet.models.upsnet import UPSNet
@@ -41,18 +43,28 @@ def train(recipe: Recipe) -> Path:
             f"train.begin_iteration is {recipe.train.begin_iteration}, but train.resume is false: "
             f"set train.resume=true to go on from that step, or leave train.begin_iteration out"
         )
+    workers, device = builders.build_workers(recipe)
+    with closing(workers):
+        return workers.run(partial(_train, recipe, workers, device))
+
+
+def _train(recipe: Recipe, workers: Workers, device: torch.device, carried: bytes | None) -> Path:
+    """The training of these workers. carried: what an earlier set of workers has kept for this one."""
     now = datetime.now()
     folder = paths.training_folder(recipe)
-    workers, device = builders.build_workers(recipe)
     is_first = workers.rank == 0
-    with closing(workers), logging_to(paths.log_file(recipe, folder, now) if is_first else None, is_first):
+    with logging_to(paths.log_file(recipe, folder, now) if is_first else None, is_first):
         dataset = builders.build_training_set(recipe)
         network = builders.build_network(recipe, dataset.categories).to(device)
         optimizer = builders.build_optimizer_of(recipe, network)
         options = builders.engine_options(recipe, len(dataset), workers.count)
         say_where(device)
         say_how_many_workers(recipe, workers.count)
-        start = _starting_point(recipe, network, optimizer, dataset.categories)
+        if carried is None:
+            start = _starting_point(recipe, network, optimizer, dataset.categories)
+        else:
+            start = unpack(carried, network, optimizer)
+            logger.info("the workers have changed: going on after step %d", start.iteration)
         _say_what_is_trained(recipe, dataset, network, options, workers.count)
         _say_what_will_not_come(recipe)
         snapshots = Snapshots(folder, recipe.model_prefix, dataset.categories, dump_recipe(recipe))

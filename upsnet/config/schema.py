@@ -230,6 +230,9 @@ class TrainOptions(_Options):
         "without things are left out, crowds can be foreground, background anchors can be missing; null: mended",
     )
     use_horovod: bool = Field(False, description="for a launch by horovodrun; a plain launch is one worker")
+    horovod_compression: Literal["none", "fp16"] = Field(
+        "none", description="of gradients between Horovod's workers; fp16: half the bytes, rounded"
+    )
     scales: Scales = Field((800,), description="short sides of the image in pixels, one is drawn each time")
     max_size: Count = Field(1333, description="upper limit of the long side in pixels")
     flip: bool = Field(True, description="an epoch holds every image twice, as it is and mirrored")

@@ -1,6 +1,7 @@
 """Workers that torchrun has started: torch.distributed with NCCL between GPUs, Gloo between CPUs."""
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
@@ -27,6 +28,9 @@ class TorchWorkers:
         # Python objects travel by Gloo in any case, so that nothing is asked of a GPU for them.
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
 
+    def run(self, work: Callable[[bytes | None], T]) -> T:
+        return work(None)  # torchrun starts all workers anew when one is lost
+
     def share(
         self, network: nn.Module, optimizer: torch.optim.Optimizer, accumulation: int
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -44,6 +48,9 @@ class TorchWorkers:
 
     def stepping(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[object]:
         return nullcontext()
+
+    def end_step(self, keep: Callable[[], bytes]) -> None:
+        pass
 
     def gather(self, value: T) -> list[T]:
         values: list[T] = [value] * self.count

@@ -21,6 +21,7 @@ from upsnet.engine.precision import autocast
 from upsnet.engine.progress import Progress, StepValues
 from upsnet.engine.running_statistics import RunningStatistics
 from upsnet.engine.snapshots import ResumeState, Snapshots
+from upsnet.engine.standing import Standing
 from upsnet.engine.weight_average import WeightAverage
 from upsnet.engine.workers import SingleWorker, Workers
 from upsnet.structures.draws import SeededDraws, seed_of
@@ -78,6 +79,7 @@ def train(
     shared, optimizer = workers.share(network, optimizer, options.accumulation)
     statistics = RunningStatistics(network, workers)
     average = WeightAverage(network, options.ema, start.raw_weights if start else None)
+    standing = Standing(network, optimizer, scaler, average, options.seed, iteration)
     with _bar(workers, total=options.max_iteration, initial=iteration, desc="train", unit="step") as bar:
         while iteration < options.max_iteration:
             began = time.perf_counter()
@@ -92,8 +94,7 @@ def train(
             statistics.merge()
             values = _finite_values(workers.gather(_told(outputs, step_batches, waited)), iteration)
             _step(optimizer, scaler, workers, options.clip_gradient)
-            iteration += 1
-            average.update(iteration)
+            iteration = standing.advance()
             _follow_decay(optimizer, options, iteration)
 
             progress.step(iteration, rate, values, time.perf_counter() - began)
@@ -101,13 +102,11 @@ def train(
             bar.update()
             last = iteration == options.max_iteration
             if iteration % options.steps_per_epoch == 0 or last:
-                if validation is not None:
-                    with average.applied():
-                        seen = validation_values(network, validation, options, device, workers)
-                    progress.validated(iteration, seen)
-                progress.end_epoch()
+                _end_epoch(standing, progress, validation, options, workers)
             if snapshots is not None and workers.rank == 0 and (iteration % options.snapshot_step == 0 or last):
-                _save(snapshots, network, average, optimizer, ResumeState(iteration, options.seed, scaler.state_dict()))
+                standing.save(snapshots)
+            if not last:
+                workers.end_step(standing.packed)
 
 
 def accumulate_gradients(
@@ -174,16 +173,15 @@ def _restore(start: ResumeState | None, scaler: torch.amp.GradScaler, options: L
     return start.iteration
 
 
-def _save(
-    snapshots: Snapshots,
-    network: nn.Module,
-    average: WeightAverage,
-    optimizer: torch.optim.Optimizer,
-    state: ResumeState,
+def _end_epoch(
+    standing: Standing, progress: Progress, validation: Iterable[Batch] | None, options: LoopOptions, workers: Workers
 ) -> None:
-    with average.applied() as raw:
-        path = snapshots.save(network, optimizer, replace(state, raw_weights=raw))
-    logger.info("saved %s", path)
+    if validation is not None:
+        device = next(standing.network.parameters()).device
+        with standing.average.applied():
+            seen = validation_values(standing.network, validation, options, device, workers)
+        progress.validated(standing.iteration, seen)
+    progress.end_epoch()
 
 
 def _step(
@@ -196,7 +194,7 @@ def _step(
     with workers.stepping(optimizer):
         scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
 
 
 def _follow_decay(optimizer: torch.optim.Optimizer, options: LoopOptions, iteration: int) -> None:

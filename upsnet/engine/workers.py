@@ -4,6 +4,7 @@ Every loss is divided by all images of the step, whoever holds them, and gradien
 whether its images lie in micro-batches of one worker or side by side on several.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, TypeVar
 
@@ -20,9 +21,18 @@ class Workers(Protocol):
     machine. count: how many there are.
     """
 
-    rank: int
-    local_rank: int
-    count: int
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def local_rank(self) -> int: ...
+
+    @property
+    def count(self) -> int: ...
+
+    def run(self, work: Callable[[bytes | None], T]) -> T:
+        """Does the work, given None. Where workers come and go: once more with every new set of them, given what the
+        set before has kept, if it came to the end of a step; see `end_step`."""
 
     def share(
         self, network: nn.Module, optimizer: torch.optim.Optimizer, accumulation: int
@@ -43,6 +53,13 @@ class Workers(Protocol):
     def stepping(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[object]:
         """Around the step of the shared optimiser, after `finish_gradients`."""
 
+    def end_step(self, keep: Callable[[], bytes]) -> None:
+        """After every step but the last one: here the work may stop, to be done by another set of workers.
+
+        Args:
+            keep: what these are to go on from, as it is when it is called: at the latest change of the weights.
+        """
+
     def gather(self, value: T) -> list[T]:
         """The small values of all workers in the order of their ranks, on every one of them."""
 
@@ -59,6 +76,9 @@ class SingleWorker:
     rank = local_rank = 0
     count = 1
 
+    def run(self, work: Callable[[bytes | None], T]) -> T:
+        return work(None)
+
     def share(
         self, network: nn.Module, optimizer: torch.optim.Optimizer, accumulation: int
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -72,6 +92,9 @@ class SingleWorker:
 
     def stepping(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[object]:
         return nullcontext()
+
+    def end_step(self, keep: Callable[[], bytes]) -> None:
+        pass
 
     def gather(self, value: T) -> list[T]:
         return [value]
