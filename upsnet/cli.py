@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upsnet.structures.errors import UserError
+from upsnet.structures.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from upsnet.config import Recipe
 
-USER_ERROR, INTERRUPTED = 2, 130
-"""Exit codes: something that the user can mend (argparse uses the same), and Ctrl-C."""
+USER_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
+"""Exit codes. 2: something that the user can mend (argparse uses the same). 75: a training that a signal has stopped
+after a snapshot, to be started again with train.resume=auto (EX_TEMPFAIL of sysexits.h). 130: Ctrl-C elsewhere."""
 
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")
 """How a change to the recipe begins. A photo of such a name can be given as `./a=b.jpg`."""
@@ -36,8 +37,11 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
     try:
         options.action(options)
     except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        if not error.told:
+            print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return USER_ERROR
+    except Stopped:
+        return STOPPED
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return INTERRUPTED

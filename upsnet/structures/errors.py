@@ -6,7 +6,12 @@ bug of ours and keeps its traceback.
 
 
 class UserError(Exception):
-    """Base of all errors whose message is meant for the user."""
+    """Base of all errors whose message is meant for the user.
+
+    told: the user has read it already, so that it is not printed once more.
+    """
+
+    told = False
 
 
 class RecipeError(UserError):
@@ -23,3 +28,7 @@ class WeightsError(UserError):
 
 class PlaceError(UserError):
     """A path cannot be read or written, or a disk is full."""
+
+
+class Stopped(Exception):
+    """A command was asked to stop by a signal and did so in good order. It has told the user how to go on."""

@@ -89,6 +89,7 @@ class Batch:
     images: B×3×H×W float32. semantic: B×H×W int16 padded with VOID, or None.
     sizes: unpadded (h, w) of each image. draws: for each image its random draws (training only).
     views: the same photos in the same order at another scale or mirrored, each a batch of its own (test only).
+    skipped: why photos could not be read in whose places others stand.
     """
 
     images: Tensor
@@ -103,6 +104,7 @@ class Batch:
     quarter_masks: list[Tensor] | None = None
     draws: Sequence[Draws] = ()
     views: "Sequence[Batch]" = ()
+    skipped: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.image_ids)
