@@ -42,6 +42,7 @@ def at(thing, path):
 @pytest.mark.parametrize(
     "override, path, value",
     [
+        ("network.backbone_checkpointing=true", "backbone.checkpointing", True),
         ("train.rpn_batch_size=17", "sampling.anchors.batch_size", 17),
         ("train.rpn_fg_fraction=0.21", "sampling.anchors.positive_fraction", 0.21),
         ("train.rpn_positive_overlap=0.81", "sampling.anchors.positive_overlap", 0.81),
@@ -283,3 +284,22 @@ def test_the_device(monkeypatch):
         assert builders.choose_device(recipe, torch.device(wanted)) == torch.device(wanted)
     with pytest.raises(RecipeError, match="cuda:1 is not there, this machine has 1"):
         builders.choose_device(recipe, torch.device("cuda:1"))
+
+
+def test_norms_over_all_workers_where_the_recipe_and_the_device_have_them(caplog):
+    class Workers:
+        def __init__(self, count, batch_norm):
+            self.count, self.batch_norm = count, batch_norm
+
+    def kinds(workers, *changes):
+        recipe = recipe_with("network.backbone_fix_bn=false", "network.rcnn_with_norm=batch_norm", *changes)
+        network = builders.build_network(recipe, CATEGORIES)
+        builders.share_norms_of(recipe, network, workers)
+        return {type(m) for m in network.modules() if isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm)}
+
+    on_gpus, alone = Workers(2, nn.SyncBatchNorm), Workers(1, None)
+    assert kinds(on_gpus) == kinds(alone, "network.use_syncbn=true") == {nn.BatchNorm2d}
+    assert kinds(on_gpus, "network.use_syncbn=true") == {nn.SyncBatchNorm}
+    assert not caplog.records
+    assert kinds(Workers(2, None), "network.use_syncbn=true") == {nn.BatchNorm2d}
+    assert [record.getMessage()[:19] for record in caplog.records] == ["network.use_syncbn:"]

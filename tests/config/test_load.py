@@ -300,8 +300,8 @@ def test_a_later_override_wins(write):
         ("train=1", "key 'train' in the overrides: must be a section of keys, got 1"),
         ("base=x.yaml", "key 'base' in the overrides: only a yaml file can build on another one"),
         (
-            "network.use_syncbn=true",
-            "key 'network.use_syncbn' in the overrides: true is not supported, only false: use",
+            "network.backbone_with_dilation=true",
+            "key 'network.backbone_with_dilation' in the overrides: true is not supported, only false: the pyramid",
         ),
     ],
 )

@@ -159,3 +159,42 @@ def test_a_trained_batch_norm_learns_its_statistics_in_training_only():
         assert torch.equal(network.res5[0].norm1.running_mean, before)
         network.train()(IMAGE)
     assert not torch.equal(network.res5[0].norm1.running_mean, before)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm, freeze_at", [("batch_norm", 0), ("batch_norm", 2), ("group_norm", 1)])
+def test_blocks_computed_anew_give_the_same_byte_for_byte(norm, freeze_at, precision):
+    """Gradients, and running statistics, which must move once."""
+
+    def passed(checkpointing):
+        torch.manual_seed(0)
+        network = ResNet(50, norm=norm, freeze_at=freeze_at, deformable_last=True, checkpointing=checkpointing).train()
+        kept, large = [], IMAGE.numel()
+
+        def keep(tensor):
+            kept.append(tensor.untyped_storage().data_ptr() if tensor.numel() > large else None)
+            return tensor
+
+        for _ in range(2):
+            with (
+                torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+                torch.autocast("cpu", precision, enabled=precision != torch.float32),
+            ):
+                loss = sum(feature.float().square().mean() for feature in network(IMAGE))
+            loss.backward()
+        return network, {name: p.grad for name, p in network.named_parameters() if p.requires_grad}, len(kept)
+
+    plain, gradients, kept = passed(False)
+    anew, gradients_anew, kept_anew = passed(True)
+    assert all(torch.equal(gradients_anew[name], gradient) for name, gradient in gradients.items())
+    state = anew.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in plain.state_dict().items())
+    assert kept_anew < kept / 4
+
+
+def test_without_gradients_nothing_is_computed_anew(monkeypatch):
+    monkeypatch.setattr("upsnet.models.resnet.checkpoint", None)
+    network = ResNet(18, checkpointing=True)
+    with torch.no_grad():
+        network.train()(IMAGE)
+    network.eval()(IMAGE)

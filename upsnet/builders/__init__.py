@@ -13,7 +13,14 @@ from upsnet.builders.data import (
 from upsnet.builders.evaluation import build_evaluators
 from upsnet.builders.network import build_network, choose_device, device_name, prepare_for_test
 from upsnet.builders.submission import no_submission, write_submission
-from upsnet.builders.training import ROI_LOSS_SHARE, accumulation, build_optimizer_of, engine_options, loss_weights
+from upsnet.builders.training import (
+    ROI_LOSS_SHARE,
+    accumulation,
+    build_optimizer_of,
+    engine_options,
+    loss_weights,
+    share_norms_of,
+)
 from upsnet.builders.weights import fit, load_trained, start_from_pretrained
 from upsnet.builders.workers import build_workers, gpus_of_a_plain_launch
 
@@ -38,6 +45,7 @@ __all__ = [
     "loss_weights",
     "no_submission",
     "prepare_for_test",
+    "share_norms_of",
     "start_from_pretrained",
     "test_order",
     "test_views",

@@ -73,6 +73,7 @@ def build_network(recipe: Recipe, categories: Categories) -> UPSNet:
             freeze_at=network.backbone_freeze_at,
             deformable_from=network.backbone_with_dconv,
             deformable_last=network.backbone_with_dpyramid,
+            checkpointing=network.backbone_checkpointing,
         )
         channels = network.fpn_feature_dim
         built = UPSNet(

@@ -1,12 +1,18 @@
 """From a recipe to what the training loop wants."""
 
+import logging
+
 import torch
 
 from upsnet.config import Recipe
 from upsnet.engine.optimizer import build_optimizer
 from upsnet.engine.options import LoopOptions
+from upsnet.engine.shared_norms import share_norms
+from upsnet.engine.workers import Workers
 from upsnet.models.upsnet import UPSNet
 from upsnet.structures.errors import RecipeError
+
+logger = logging.getLogger("upsnet")
 
 ROI_LOSS_SHARE = 0.2
 """Weight of the semantic loss on crops, as a share of the semantic loss' own (UPSNet, section 3.2)."""
@@ -49,6 +55,16 @@ def build_optimizer_of(recipe: Recipe, network: UPSNet) -> torch.optim.Optimizer
     """The recipe's optimiser over the network's trainable parameters."""
     train = recipe.train
     return build_optimizer(network, train.optimizer, train.momentum, train.wd)
+
+
+def share_norms_of(recipe: Recipe, network: UPSNet, workers: Workers) -> None:
+    """With `network.use_syncbn` the trained batch norms of several workers look at the images of all of them."""
+    if not recipe.network.use_syncbn or workers.count == 1:
+        return
+    if workers.batch_norm is None:
+        logger.warning("network.use_syncbn: there is no such norm for CPUs: norms look at each worker's own images")
+    else:
+        share_norms(network, workers.batch_norm)
 
 
 def engine_options(recipe: Recipe, epoch_length: int, workers: int = 1) -> LoopOptions:

@@ -56,6 +56,7 @@ def _train(recipe: Recipe, workers: Workers, device: torch.device, carried: byte
     with logging_to(paths.log_file(recipe, folder, now) if is_first else None, is_first):
         dataset = builders.build_training_set(recipe)
         network = builders.build_network(recipe, dataset.categories).to(device)
+        builders.share_norms_of(recipe, network, workers)
         optimizer = builders.build_optimizer_of(recipe, network)
         options = builders.engine_options(recipe, len(dataset), workers.count)
         say_where(device)

@@ -35,7 +35,6 @@ ONE_VALUE = {
     "network.rpn_feat_stride": "the levels of the pyramid are fixed",
     "network.rcnn_feat_stride": "image sides are always padded to a multiple of 32",
     "network.cls_agnostic_bbox_reg": "box regression is always per class",
-    "network.use_syncbn": "use group_norm in fpn_with_norm, rcnn_with_norm and fcn_with_norm instead",
     "train.rpn_individual_proposals": "proposals are always made level by level",
 }
 """Only the default is accepted; the sentence says what to know or to do instead."""

@@ -143,6 +143,11 @@ class NetworkOptions(_Options):
     backbone_with_dpyramid: bool = Field(
         False, description="the last block of res3 and of res4 uses a deformable convolution"
     )
+    backbone_checkpointing: bool = Field(
+        False,
+        description="in training the backbone keeps the inputs of its blocks only and computes each block twice: less "
+        "memory, more time, the same results",
+    )
     has_fpn: bool = Field(True, description="feature pyramid")
     fpn_feature_dim: Count = Field(256, description="channels of the pyramid and of the RPN")
     fpn_with_gap: bool = Field(False, description="adds the global average of res5 to the pyramid")
@@ -174,7 +179,11 @@ class NetworkOptions(_Options):
     fcn_feature_dim: Count = Field(128, description="channels of each pyramid level at the end of the semantic head")
     fcn_with_norm: Norm = Field("none", description="norm in the semantic head")
     has_panoptic_head: bool = Field(True, description="panoptic head")
-    use_syncbn: bool = Field(False, description="batch norm over all workers")
+    use_syncbn: bool = Field(
+        False,
+        description="trained batch norms look at the images of all workers; on CPUs, for which torch has no such norm, "
+        "at each worker's own",
+    )
 
     @model_validator(mode="after")
     def _anchors_agree(self) -> Self:

@@ -2,8 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from upsnet.engine.shared_norms import is_own_norm
 from upsnet.engine.workers import Workers
 
 
@@ -16,9 +16,8 @@ class RunningStatistics:
     """
 
     def __init__(self, network: nn.Module, workers: Workers) -> None:
-        norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
-        # Those over all workers are the same everywhere already; frozen ones are of another class.
-        own = [norm for norm in norms if norm.track_running_stats and not isinstance(norm, nn.SyncBatchNorm)]
+        # The statistics of norms over all workers are the same everywhere already.
+        own = [norm for norm in network.modules() if is_own_norm(norm) and norm.track_running_stats]
         self._norms = own if workers.count > 1 else []
         self._workers = workers
         if self._norms:

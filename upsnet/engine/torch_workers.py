@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
@@ -25,6 +26,7 @@ class TorchWorkers:
         self.rank, self.count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.local_rank = int(os.environ["LOCAL_RANK"])
         on_cuda = device.type == "cuda"
+        self.batch_norm: type[_BatchNorm] | None = nn.SyncBatchNorm if on_cuda else None  # torch has none for CPUs
         # Python objects travel by Gloo in any case, so that nothing is asked of a GPU for them.
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
 

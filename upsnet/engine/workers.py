@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 T = TypeVar("T")
 
@@ -44,6 +45,10 @@ class Workers(Protocol):
             accumulation: backward passes in one step.
         """
 
+    @property
+    def batch_norm(self) -> type[_BatchNorm] | None:
+        """Batch norm over all workers; None: there is none, or none for this device."""
+
     def micro_batch(self, network: nn.Module, last: bool) -> AbstractContextManager[object]:
         """Around a forward and backward pass of the shared network. last: no other follows in this step."""
 
@@ -75,6 +80,7 @@ class SingleWorker:
 
     rank = local_rank = 0
     count = 1
+    batch_norm = None
 
     def run(self, work: Callable[[bytes | None], T]) -> T:
         return work(None)

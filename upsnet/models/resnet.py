@@ -1,12 +1,16 @@
 """ResNet (He et al., table 1), with the options that UPSNet's backbone has: frozen stages, deformable stages, the
 stride in the first 1×1 convolution of a block (as in the caffe release) or in its 3×3 (as in torchvision)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from upsnet.models.layers import DeformConv2d, NormKind, convolve, make_norm
 
@@ -131,6 +135,8 @@ class ResNet(nn.Module):
         freeze_at: 0 trains everything, 1 freezes the stem, n ≥ 2 the stem and res2..resn.
         deformable_from: blocks of every stage with this number or a greater one are deformable; more than 5: none.
         deformable_last: the last blocks of res3 and res4 are deformable.
+        checkpointing: in training only the input of each trained block is kept for the backward pass, which computes
+            the block anew (Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost); the results are the same.
     """
 
     def __init__(
@@ -141,10 +147,11 @@ class ResNet(nn.Module):
         freeze_at: int = 2,
         deformable_from: int = 100,
         deformable_last: bool = False,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         shape = DEPTHS[depth]
-        self.freeze_at = freeze_at
+        self.freeze_at, self.checkpointing = freeze_at, checkpointing
         self.stem = Stem(3, 64, norm)
         channels = 64
         self.out_channels: list[int] = []
@@ -191,11 +198,46 @@ class ResNet(nn.Module):
             x = x.detach()
         features = []
         for number in range(2, 6):
-            x = self.get_submodule(f"res{number}")(x)
+            stage = self.get_submodule(f"res{number}")
+            if self.checkpointing and number > self.freeze_at and self.training and torch.is_grad_enabled():
+                for block in stage.children():
+                    x = _checkpointed(block, x)
+            else:
+                x = stage(x)
             if number <= self.freeze_at:
                 x = x.detach()
             features.append(x)
         return features
+
+
+def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+    """block(x), of which only x is kept."""
+
+    def contexts() -> tuple[nullcontext[None], AbstractContextManager[None]]:
+        return nullcontext(), _statistics_set_aside(block)
+
+    # A block draws nothing, so there is no generator to put back.
+    result = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    assert isinstance(result, Tensor)
+    return result
+
+
+@contextmanager
+def _statistics_set_aside(block: nn.Module) -> Iterator[None]:
+    """Running statistics do not move inside: a block that is computed anew has moved them already."""
+    own = [
+        (norm, name, buffer)
+        for norm in block.modules()
+        if isinstance(norm, _BatchNorm)
+        for name, buffer in norm.named_buffers(recurse=False)
+    ]
+    for norm, name, buffer in own:
+        setattr(norm, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for norm, name, buffer in own:
+            setattr(norm, name, buffer)
 
 
 def _make_stage(
