@@ -9,6 +9,7 @@ import horovod.torch as hvd
 import torch
 from horovod.common.elastic import State
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 T = TypeVar("T")
 Compression = Literal["none", "fp16"]
@@ -24,7 +25,8 @@ class HorovodWorkers:
             device: that this worker computes on.
             compression: of gradients on their way; fp16 halves the bytes and rounds.
         """
-        if device.type == "cuda":
+        self._on_cuda = device.type == "cuda"
+        if self._on_cuda:
             torch.cuda.set_device(device)
         self._compression = _Half if compression == "fp16" else _Whole
         self._elastic = _ElasticState() if os.environ.get("HOROVOD_ELASTIC") == "1" else None
@@ -43,6 +45,10 @@ class HorovodWorkers:
     @property
     def count(self) -> int:
         return int(hvd.size())
+
+    @property
+    def batch_norm(self) -> type[_BatchNorm] | None:
+        return hvd.SyncBatchNorm if self._on_cuda else None  # Horovod has none for CPUs
 
     def run(self, work: Callable[[bytes | None], T]) -> T:
         if self._elastic is None:
