@@ -1,4 +1,5 @@
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -6,12 +7,13 @@ import torch
 from upsnet import builders
 from upsnet.builders.workers import launcher_of
 from upsnet.commands import launch
+from upsnet.commands.startup import say_how_many_workers
 from upsnet.config import load_recipe
 from upsnet.engine.workers import SingleWorker
 from upsnet.structures.errors import RecipeError
 
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-HOROVODRUN = {"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2"}
+HOROVODRUN = {"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_RANK": "0"}
 
 
 def recipe(*changes):
@@ -52,6 +54,38 @@ def test_launcher_and_recipe_must_agree(monkeypatch, environment, horovod, sente
         monkeypatch.setenv(name, value)
     with pytest.raises(RecipeError, match=sentence):
         builders.build_workers(recipe(f"train.use_horovod={horovod}"))
+
+
+def test_horovodrun_without_horovod_says_what_to_run(monkeypatch):
+    for name, value in HOROVODRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delitem(sys.modules, "upsnet.engine.horovod_workers", raising=False)
+    monkeypatch.setitem(sys.modules, "horovod", None)
+    monkeypatch.setitem(sys.modules, "horovod.torch", None)
+    with pytest.raises(RecipeError, match=r"Horovod cannot be loaded here \(.+\): run ./init.sh horovod"):
+        builders.build_workers(recipe("train.use_horovod=true"))
+
+
+def test_horovodrun_gives_horovods_workers(monkeypatch):
+    for name, value in HOROVODRUN.items():
+        monkeypatch.setenv(name, value)
+    made = []
+    stand_in = ModuleType("upsnet.engine.horovod_workers")
+    stand_in.HorovodWorkers = lambda *arguments: made.append(arguments)
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    for kind in ("none", "fp16"):
+        _, device = builders.build_workers(recipe("train.use_horovod=true", f"train.horovod_compression={kind}"))
+        assert made.pop() == (device, kind)
+
+
+def test_one_worker_of_a_launcher_is_no_plain_launch(monkeypatch, caplog):
+    for launcher, said in (({}, True), (HOROVODRUN, False)):
+        caplog.clear()
+        for name, value in launcher.items():
+            monkeypatch.setenv(name, value)
+        with caplog.at_level("INFO", logger="upsnet"):
+            say_how_many_workers(recipe("train.use_horovod=true"), 1)
+        assert ("plain launch" in caplog.text) == said
 
 
 def test_every_worker_of_a_launcher_has_a_gpu_of_its_own(gpus):

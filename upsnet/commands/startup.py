@@ -1,10 +1,12 @@
 """What a command says about the machine before it works."""
 
 import logging
+import os
 
 import torch
 
 from upsnet import builders
+from upsnet.builders.workers import launcher_of
 from upsnet.config import Recipe
 from upsnet.operators import describe
 
@@ -17,8 +19,8 @@ def say_where(device: torch.device) -> None:
 
 
 def say_how_many_workers(recipe: Recipe, count: int) -> None:
-    """Says so where a recipe made for several workers runs on one."""
-    if count > 1:
+    """Says so where a recipe made for several workers runs on one, since no launcher has started it."""
+    if count > 1 or launcher_of(os.environ) != "plain":
         return
     if recipe.train.use_horovod:
         logger.info("train.use_horovod is true, but this is a plain launch: one worker, without Horovod")
