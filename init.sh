@@ -168,7 +168,7 @@ build_horovod() (
     export HOROVOD_CMAKE HOROVOD_WITH_GLOO=1 HOROVOD_CPU_OPERATIONS=GLOO HOROVOD_WITHOUT_MPI=1
     export HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1
     CXX="$build/c++" MAKEFLAGS="-j$(getconf _NPROCESSORS_ONLN)" \
-        "$python" -m pip wheel --no-deps --no-build-isolation --wheel-dir "$build" "$source"
+        "$python" -m pip wheel -v --no-deps --no-build-isolation --wheel-dir "$build" "$source"
 )
 
 install_horovod() {
