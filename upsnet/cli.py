@@ -213,6 +213,12 @@ def _add_prepare_coco(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deep", action="store_true", help="also decode every photo and label, and hold labels against the json"
     )
+    parser.add_argument(
+        "--shards",
+        type=Path,
+        metavar="DIR",
+        help="write it to DIR as a few large tar files (webdataset's layout), from which recipes read as well",
+    )
     parser.set_defaults(action=_prepare_coco)
 
 
@@ -313,7 +319,10 @@ def _demo(options: argparse.Namespace) -> None:
 def _prepare_coco(options: argparse.Namespace) -> None:
     from upsnet import commands
 
-    commands.prepare_coco(options.path, options.deep)
+    if options.shards:
+        commands.shard_coco(options.path, options.shards)
+    else:
+        commands.prepare_coco(options.path, options.deep)
 
 
 def _prepare_cityscapes(options: argparse.Namespace) -> None:

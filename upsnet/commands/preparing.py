@@ -6,6 +6,7 @@ from pathlib import Path
 
 from upsnet.dataset import cityscapes_preparation
 from upsnet.dataset.coco_check import SetReport, check_coco
+from upsnet.dataset.shard_writing import write_shards
 from upsnet.engine.log import logging_to
 from upsnet.structures.errors import DataError
 
@@ -27,6 +28,20 @@ def prepare_coco(folder: Path, deep: bool = False) -> None:
     if faulty := [report.name for report in reports if report.faults]:
         raise DataError(f"{folder}: {' and '.join(faulty)} cannot be used as they are: see the faults above")
     print(f"ready: train and test with dataset.dataset_path={folder}")
+
+
+def shard_coco(folder: Path, out: Path) -> None:
+    """Writes the image sets of a COCO tree as shards, a few large tar files; nothing in the tree is changed.
+
+    Raises:
+        DataError: files are missing or cut off.
+        PlaceError: `out` cannot be written.
+    """
+    with _reading():
+        counts = write_shards(folder, out)
+    for name, photos in counts.items():
+        print(f"{name}: {photos} photos in shards")
+    print(f"ready: train and test with dataset.dataset_path={out}")
 
 
 def _state(report: SetReport) -> str:

@@ -14,6 +14,7 @@ from upsnet.dataset.index import PanopticIndex
 from upsnet.dataset.index_cache import IndexCache
 from upsnet.dataset.instance_index import InstanceIndex
 from upsnet.dataset.photo_set import PhotoSet, check_folder
+from upsnet.dataset.shards import ShardFolder, open_shards
 from upsnet.structures.categories import Categories
 from upsnet.structures.errors import DataError
 from upsnet.structures.masks import Bitmap, Masks
@@ -42,12 +43,13 @@ class AnnotatedSet(PhotoSet):
     index: PanopticIndex
 
     def __init__(self, files: ImageSet) -> None:
-        check_folder(files.image_dir)
-        check_folder(files.png_dir)
+        photos, labels = _folders(files)
+        check_folder(photos)
+        check_folder(labels)
         cache = IndexCache(files.index_dir)
         self.categories, index = cache.panoptic(files.panoptic_json)
-        super().__init__(files.image_dir, index)
-        self.png_dir = Path(files.png_dir)
+        super().__init__(photos, index)
+        self.label_pngs = labels
         self.instance_index: InstanceIndex | None = None
         if files.instances_json is not None:
             self.instance_index = cache.instances(files.instances_json, self.categories, index)
@@ -63,7 +65,7 @@ class AnnotatedSet(PhotoSet):
             DataError: the PNG is missing, damaged or of another size, or its ids are not those of the json.
         """
         index, image_id = self.index, self.index.image_ids[row]
-        path = self.png_dir / index.png_names[row]
+        path = self.label_pngs / index.png_names[row]
         try:
             segment_map = read_segment_map(path, self.size(row))
         except DataError as error:
@@ -190,3 +192,13 @@ def _records_of_things(truth: Truth, categories: Categories, first_id: int) -> l
             }
         )
     return records
+
+
+def _folders(files: ImageSet) -> tuple[Path | ShardFolder, Path | ShardFolder]:
+    """Of photos and labels."""
+    if files.shards is None:
+        return files.image_dir, files.png_dir
+    shards = open_shards(files.shards)
+    if shards.labels is None:
+        raise DataError(f"{files.shards}: holds no labels: write the shards anew by `upsnet prepare coco --shards`")
+    return shards.photos, shards.labels

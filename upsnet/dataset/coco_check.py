@@ -17,7 +17,8 @@ from upsnet.dataset.annotated_set import AnnotatedSet
 from upsnet.dataset.image_sets import ImageSet, UnlabelledImageSet, coco_image_sets
 from upsnet.dataset.index import ImageIndex, index_images
 from upsnet.dataset.index_cache import IndexCache
-from upsnet.dataset.photo_set import PhotoSet
+from upsnet.dataset.photo_set import PhotoSet, photo_folder
+from upsnet.dataset.shards import Member, open_shards
 from upsnet.structures.errors import DataError
 from upsnet.structures.pictures import photo_size, png_size, read_photo, read_segment_map
 
@@ -79,7 +80,10 @@ def _check_labelled(root: Path, name: str, deep: bool) -> SetReport:
     if not isinstance(files, ImageSet):  # there is an image_info json, which is no label
         annotations = root / "annotations"
         files = ImageSet(annotations / f"panoptic_{name}.json", annotations / f"panoptic_{name}", files.image_dir)
-    _check_presence(root, name, files, report)
+    if files.shards is None:
+        _check_presence(root, name, files, report)
+    else:
+        _check_shards(files.shards, report)
     if files.panoptic_json.is_file():
         cache = IndexCache(files.index_dir)
         try:
@@ -117,7 +121,9 @@ def _check_unlabelled(root: Path, name: str, deep: bool) -> SetReport:
             f"{SOURCE}/zips/test2017.zip in {root / 'images'}"
         )
         return report
-    if not files.image_dir.is_dir():
+    if files.shards is not None:
+        _check_shards(files.shards, report)
+    elif not files.image_dir.is_dir():
         report.faults.append(_missing_photos(root, files.image_dir))
     try:
         index = index_images(files.info_json)
@@ -127,7 +133,7 @@ def _check_unlabelled(root: Path, name: str, deep: bool) -> SetReport:
     _compare_count(report, len(index))
     _check_pictures(_PHOTOS, files.image_dir, index.photo_names, index, report)
     if deep and not report.faults:
-        _check_deeply(PhotoSet(files.image_dir, index), report)
+        _check_deeply(PhotoSet(photo_folder(files), index), report)
     return report
 
 
@@ -149,6 +155,28 @@ def _check_presence(root: Path, name: str, files: ImageSet, report: SetReport) -
             f"{annotations / f'instances_{name}.json'}: is not there: "
             f"unpack {SOURCE}/annotations/annotations_trainval2017.zip in {root}"
         )
+
+
+def _check_shards(index: Path, report: SetReport) -> None:
+    """Reads all of them, since nothing less shows a changed byte."""
+    try:
+        shards = open_shards(index)
+    except DataError as error:
+        report.faults.append(str(error))
+        return
+
+    def is_damaged(member: Member) -> bool:
+        try:
+            member.read_bytes()
+        except DataError:
+            return True
+        return False
+
+    members = [*shards.photos.members(), *(shards.labels.members() if shards.labels else [])]
+    marks = zip(members, _in_threads(is_damaged, members, f"{report.name} shards"), strict=True)
+    report.add_fault(
+        [str(member) for member, bad in marks if bad], "files in shards that are damaged", "copy these tars"
+    )
 
 
 def _missing_photos(root: Path, folder: Path) -> str:

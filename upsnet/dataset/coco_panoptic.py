@@ -17,7 +17,7 @@ from upsnet.dataset.annotated_set import AnnotatedSet
 from upsnet.dataset.batches import Draw
 from upsnet.dataset.image_sets import ImageSet, UnlabelledImageSet
 from upsnet.dataset.index import index_images
-from upsnet.dataset.photo_set import PhotoSet
+from upsnet.dataset.photo_set import PhotoSet, photo_folder
 from upsnet.dataset.transforms import Transform, padded_size, quarter_masks, resize_labels, scaled_size
 from upsnet.structures.categories import Categories
 from upsnet.structures.errors import DataError
@@ -231,7 +231,7 @@ def _mirrored(instances: Instances, width: int) -> Instances:
 def _open(files: ImageSet | UnlabelledImageSet) -> PhotoSet:
     if isinstance(files, ImageSet):
         return AnnotatedSet(files)
-    return PhotoSet(files.image_dir, index_images(files.info_json))
+    return PhotoSet(photo_folder(files), index_images(files.info_json))
 
 
 def _check_together(sets: Sequence[PhotoSet]) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upsnet.dataset.index_cache import index_folder
+from upsnet.dataset.shards import shards_index
 from upsnet.structures.errors import DataError
 
 
@@ -11,7 +12,8 @@ from upsnet.structures.errors import DataError
 class ImageSet:
     """Where the files of one image set lie. Without an instances json, things come from the panoptic PNGs.
 
-    index_dir: where the indexes of large jsons are kept; None: nowhere.
+    index_dir: where the indexes of large jsons are kept; None: nowhere. shards: index of the tars that hold photos and
+    labels in place of the two folders; None: there are none.
     """
 
     panoptic_json: Path
@@ -19,14 +21,19 @@ class ImageSet:
     image_dir: Path
     instances_json: Path | None = None
     index_dir: Path | None = None
+    shards: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class UnlabelledImageSet:
-    """Where the files of an image set without labels lie; the json lists the photos (`images`) and nothing else."""
+    """Where the files of an image set without labels lie; the json lists the photos (`images`) and nothing else.
+
+    shards: as for an `ImageSet`.
+    """
 
     info_json: Path
     image_dir: Path
+    shards: Path | None = None
 
 
 PHOTOS_OF = {
@@ -66,7 +73,7 @@ def _coco_image_set(dataset_path: Path, name: str) -> ImageSet | UnlabelledImage
     panoptic, info = annotations / f"panoptic_{name}.json", annotations / f"image_info_{name}.json"
     image_dir = _image_dir(dataset_path, PHOTOS_OF.get(name, name))
     if not panoptic.exists() and (name in WITHOUT_LABELS or info.exists()):
-        return UnlabelledImageSet(info, image_dir)
+        return UnlabelledImageSet(info, image_dir, shards_index(dataset_path, name))
     if name in SINCE_2017 and not panoptic.exists():
         raise DataError(
             f"{panoptic}: is not there, and COCO gives out no panoptic labels for {name}: {SINCE_2017[name]} "
@@ -79,6 +86,7 @@ def _coco_image_set(dataset_path: Path, name: str) -> ImageSet | UnlabelledImage
         image_dir=image_dir,
         instances_json=instances if instances.exists() else None,
         index_dir=index_folder(dataset_path),
+        shards=shards_index(dataset_path, name),
     )
 
 

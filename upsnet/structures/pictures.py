@@ -3,7 +3,7 @@
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -22,7 +22,13 @@ _MARKER_IN_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 """What ends the compressed data of a JPEG: in it FF00 is a byte FF, FFD0..FFD7 restart, FFs may precede a marker."""
 
 
-def read_photo(path: Path, size: tuple[int, int] | None = None, apply_exif: bool = False) -> NDArray[np.uint8]:
+class Readable(Protocol):
+    """A file on disk, or inside another one; its text says where."""
+
+    def read_bytes(self) -> bytes: ...
+
+
+def read_photo(path: Readable, size: tuple[int, int] | None = None, apply_exif: bool = False) -> NDArray[np.uint8]:
     """A photo as H×W×3 uint8 RGB; grey-scale, CMYK and 16-bit files are converted.
 
     Args:
@@ -32,7 +38,7 @@ def read_photo(path: Path, size: tuple[int, int] | None = None, apply_exif: bool
     Raises:
         DataError: the file is missing, cut off, no picture, or has another size.
     """
-    data = _read_complete(path)
+    data = read_complete(path)
     photo = _decode_photo(path, data, apply_exif and size is None)
     if size is not None and photo.shape[:2] != size:
         stored = photo.shape[:2]
@@ -45,7 +51,7 @@ def read_photo(path: Path, size: tuple[int, int] | None = None, apply_exif: bool
     return photo
 
 
-def read_segment_map(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.int32]:
+def read_segment_map(path: Readable, size: tuple[int, int] | None = None) -> NDArray[np.int32]:
     """The segment ids of a panoptic PNG, H×W int32.
 
     Args:
@@ -54,7 +60,7 @@ def read_segment_map(path: Path, size: tuple[int, int] | None = None) -> NDArray
     Raises:
         DataError: the file is missing, cut off, damaged, not an 8-bit colour PNG, or has another size.
     """
-    data = _read_complete(path)
+    data = read_complete(path)
     color, depth = _png_kind(data)
     if color != _PALETTE and not (color in (_RGB, _RGBA) and depth == 8):
         raise DataError(f"{path}: is not an 8-bit RGB PNG, which a panoptic label must be")
@@ -74,7 +80,7 @@ def read_grey_png(path: Path) -> NDArray[Any]:
     Raises:
         DataError: the file is missing, cut off, damaged, or not a grey-scale PNG of 8 or 16 bits.
     """
-    data = _read_complete(path)
+    data = read_complete(path)
     color, depth = _png_kind(data)
     if color != _GREY or depth not in (8, 16):
         raise DataError(f"{path}: is not a grey-scale PNG of 8 or 16 bits, which a map of semantic ids must be")
@@ -97,7 +103,7 @@ def photo_size(path: Path) -> tuple[int, int]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}): check the path") from None
     if bytes((0xFF, _END_OF_JPEG)) not in tail and _END_OF_PNG not in tail:
-        _read_complete(path)  # what follows the end may be long; then the end is looked for from the beginning
+        read_complete(path)  # what follows the end may be long; then the end is looked for from the beginning
     return height, width
 
 
@@ -146,12 +152,12 @@ def _encode(ending: str, pixels: NDArray[Any], options: list[int]) -> bytes:
     return data.tobytes()
 
 
-def _decode_photo(path: Path, data: bytes, apply_exif: bool) -> NDArray[np.uint8]:
+def _decode_photo(path: Readable, data: bytes, apply_exif: bool) -> NDArray[np.uint8]:
     flags = cv2.IMREAD_COLOR if apply_exif else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     return np.asarray(cv2.cvtColor(_decode(path, data, flags), cv2.COLOR_BGR2RGB), dtype=np.uint8)
 
 
-def _decode(path: Path, data: bytes, flags: int) -> NDArray[Any]:
+def _decode(path: Readable, data: bytes, flags: int) -> NDArray[Any]:
     try:
         picture = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error:  # a damaged header promises more than 2^30 pixels
@@ -161,10 +167,14 @@ def _decode(path: Path, data: bytes, flags: int) -> NDArray[Any]:
     return picture
 
 
-def _read_complete(path: Path) -> bytes:
-    """The bytes of a picture file, refused if its end is missing: decoders fill the rest with grey."""
+def read_complete(path: Readable) -> bytes:
+    """The bytes of a picture file, refused if its end is missing: decoders fill the rest with grey.
+
+    Raises:
+        DataError: the file is missing or cut off.
+    """
     try:
-        data = Path(path).read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}): check the path") from None
     cut_jpeg = data.startswith(_JPEG) and not _has_end_of_jpeg(data)
