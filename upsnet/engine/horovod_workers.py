@@ -60,7 +60,7 @@ class HorovodWorkers:
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         _take_those_of_rank_0(network)
         named = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
-        # A subclass of the optimiser's class with the same name: snapshots do not show it. Sums keep their order.
+        # Its class is a subclass of the same name, so snapshots do not show who trained.
         shared = hvd.DistributedOptimizer(
             optimizer,
             named_parameters=named,
