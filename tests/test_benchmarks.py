@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.memory import Alive, Storages
 from benchmarks.operators import parser_of
 
 WRONG = {
@@ -26,3 +27,20 @@ def test_a_gpu_that_is_there_is_taken(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     options = parser_of("A benchmark.", rounds=5).parse_args(["--device", "cuda"])
     assert (options.device, options.rounds, options.out) == ("cuda", 5, None)
+
+
+def test_memory_is_counted_once_and_given_back():
+    """Against sizes that are known: views share their storage, and what is let go counts no more."""
+    storages = Storages()
+    with Alive(storages):
+        first = torch.ones(1 << 18)
+        view = first[10:].view(-1)
+        second = first + 1
+        assert storages.now == storages.peak == 2 << 20
+        del second
+        assert storages.now == 1 << 20
+        third = view * 2
+        del first
+        assert storages.now == (2 << 20) - 40 and storages.peak == 2 << 20  # the view holds all of it
+        del view, third
+    assert (storages.now, storages.peak) == (0, 2 << 20)

@@ -1,10 +1,16 @@
 from collections import Counter
+from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 
+from tests.miniature import write_miniature
 from upsnet.dataset.batches import Draw, SamePaddedSizeSampler, TrainingSampler, collate
+from upsnet.dataset.coco_panoptic import CocoPanoptic
+from upsnet.dataset.image_sets import coco_image_sets
+from upsnet.dataset.loading import BatchLoader
+from upsnet.dataset.transforms import Transform
 from upsnet.structures.masks import Masks
 from upsnet.structures.sample import VOID, Instances, Sample, Targets
 
@@ -61,6 +67,32 @@ def test_every_split_of_the_total_batch_sees_the_same():
     assert entries(10, 2, 1, 2, **options) == whole
     assert entries(10, 1, 2, 2, **options) == whole
     assert entries(10, 1, 1, 4, **options) == whole
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_pixels_and_targets_depend_on_seed_step_and_image_alone(tmp_path, num_workers):
+    """Drawn scales, mirrored copies: whichever worker and loader process makes a sample, it is the same."""
+    files = coco_image_sets(write_miniature(tmp_path), "train")
+    data = CocoPanoptic(files, Transform((32, 48, 64), 96, (103, 116, 123), seed=3), flip_copies=True)
+
+    def seen(count, batch_size, accumulation):
+        of_workers = []
+        for worker in range(count):
+            sampler = TrainingSampler(len(data), batch_size, accumulation, worker, count, seed=3, steps=4)
+            batches = list(BatchLoader(data, sampler, num_workers))
+            of_workers.append([batches[i : i + accumulation] for i in range(0, len(batches), accumulation)])
+        rows = []
+        for step in zip(*of_workers, strict=True):
+            for batch in chain.from_iterable(step):
+                for i, (height, width) in enumerate(batch.sizes):
+                    image, semantic = batch.images[i, :, :height, :width], batch.semantic[i, :height, :width]
+                    of_batch = batch.image_ids[i], batch.flipped[i], batch.scales[i], len(batch.instances[i])
+                    rows.append((*of_batch, image.numpy().tobytes(), semantic.numpy().tobytes()))
+        return rows
+
+    alone = seen(1, 4, 1)
+    assert len(alone) == 16 and len({row[2] for row in alone}) > 2
+    assert seen(2, 2, 1) == seen(4, 1, 1) == seen(2, 1, 2) == alone
 
 
 def test_an_epoch_visits_every_entry_once():
