@@ -57,7 +57,8 @@ def test_training_leaves_its_files_where_the_original_does(tiny_run):
     folder = tiny_run.folder / "out/tiny/train"
     log = only(folder, "*.log")
     assert {path.name for path in folder.iterdir()} == {
-        "tiny_1.pth", "tiny_1.state.pth", "tiny_2.pth", "tiny_2.state.pth", "metrics.jsonl", "first_batch.png", log.name
+        "tiny_1.pth", "tiny_1.state.pth", "tiny_2.pth", "tiny_2.state.pth", "snapshots.json", "metrics.jsonl",
+        "first_batch.png", log.name,
     }  # fmt: skip
     assert re.fullmatch(rf"tiny_{MINUTE}\.log", log.name)
     events = only(tiny_run.folder / "out/tensorboard/tiny/train", "*/events*")

@@ -9,10 +9,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.engine.toy import IMAGES, OPTIONS, Toy, batch_of, batches, same_weights
+from upsnet.engine.bad_batch import TrainingError
 from upsnet.engine.log import TrainingLog
 from upsnet.engine.optimizer import build_optimizer
 from upsnet.engine.schedule import learning_rate
-from upsnet.engine.train import TrainingError, train
+from upsnet.engine.train import train
 from upsnet.structures.draws import SeededDraws
 
 

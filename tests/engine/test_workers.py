@@ -9,10 +9,11 @@ import torch
 
 from tests.engine.thread_workers import together
 from tests.engine.toy import OPTIONS, Toy, batch_of, batches, same_weights
+from upsnet.engine.bad_batch import TrainingError
 from upsnet.engine.log import TrainingLog
 from upsnet.engine.optimizer import build_optimizer
 from upsnet.engine.snapshots import Snapshots
-from upsnet.engine.train import TrainingError, train
+from upsnet.engine.train import train
 from upsnet.structures.categories import Categories, Category
 
 CATEGORIES = Categories([Category(1, "a", True, (0, 0, 0))])

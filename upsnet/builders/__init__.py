@@ -22,7 +22,7 @@ from upsnet.builders.training import (
     share_norms_of,
 )
 from upsnet.builders.weights import fit, load_trained, start_from_pretrained
-from upsnet.builders.workers import build_workers, gpus_of_a_plain_launch
+from upsnet.builders.workers import build_workers, gpus_of_a_plain_launch, launch_of
 
 __all__ = [
     "ROI_LOSS_SHARE",
@@ -41,6 +41,7 @@ __all__ = [
     "engine_options",
     "fit",
     "gpus_of_a_plain_launch",
+    "launch_of",
     "load_trained",
     "loss_weights",
     "no_submission",

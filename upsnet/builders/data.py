@@ -113,7 +113,8 @@ def build_training_loader(
         steps=recipe.train.max_iteration,
         shuffle=recipe.train.shuffle,
     )
-    return BatchLoader(dataset, sampler, recipe.dataset.num_workers)
+    replacement = sampler.replacement if recipe.train.bad_images == "skip" else None
+    return BatchLoader(dataset, sampler, recipe.dataset.num_workers, replacement)
 
 
 def build_test_loader(recipe: Recipe, dataset: CocoPanoptic, worker: int = 0, num_workers: int = 1) -> BatchLoader:

@@ -87,4 +87,5 @@ def engine_options(recipe: Recipe, epoch_length: int, workers: int = 1) -> LoopO
         seed=recipe.seed,
         display_iter=train.display_iter,
         snapshot_step=train.snapshot_step,
+        test_step=train.test_step,
     )

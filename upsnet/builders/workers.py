@@ -1,6 +1,7 @@
 """From the way in which a process was started to the workers that it belongs to."""
 
 import os
+import socket
 from collections.abc import Mapping
 from typing import Literal
 
@@ -22,6 +23,17 @@ def launcher_of(environment: Mapping[str, str]) -> Launcher:
     if {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= environment.keys():
         return "torchrun"
     return "plain"
+
+
+def launch_of(environment: Mapping[str, str]) -> tuple[str, bool]:
+    """The name of the launch by torchrun that a process is part of, empty for others; and whether torchrun has started
+    its workers anew, since one was lost."""
+    if launcher_of(environment) != "torchrun":
+        return "", False
+    name = environment.get("TORCHELASTIC_RUN_ID", "none")
+    if name == "none":  # not given by the user; then torchrun's process on this machine stands for it
+        name = f"{socket.gethostname()}:{os.getppid()}"
+    return name, int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def build_workers(recipe: Recipe, for_training: bool = True) -> tuple[Workers, torch.device]:

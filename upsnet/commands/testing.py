@@ -79,7 +79,7 @@ def test(recipe: Recipe, weights: Path | None = None, eval_only: bool = False) -
             _run_with_others(predictions, image_ids, recipe, dataset, evaluators, workers)
         else:
             with nullcontext() if eval_only else ResultWriter(folder, dataset.categories) as writer:
-                run_test(predictions, image_ids, _truth_of(dataset), evaluators.values(), writer)
+                run_test(predictions, image_ids, truth_of(dataset), evaluators.values(), writer)
         if not is_first:
             return {}
         if not dataset.has_truth:
@@ -125,7 +125,8 @@ def _say_views(recipe: Recipe, dataset: CocoPanoptic) -> None:
         )
 
 
-def _truth_of(dataset: CocoPanoptic) -> Callable[[int], Truth]:
+def truth_of(dataset: CocoPanoptic) -> Callable[[int], Truth]:
+    """From an image id to its truth."""
     position = {image_id: i for i, image_id in enumerate(dataset.image_ids.tolist())}
     return lambda image_id: dataset.truth(position[image_id])
 
@@ -149,7 +150,7 @@ def _run_with_others(
             workers.gather(None)  # all parts are begun
             if is_first:
                 check_parts(folder, workers.count)
-            run_share(predictions, image_ids, part, _truth_of(dataset), evaluators, show=is_first)
+            run_share(predictions, image_ids, part, truth_of(dataset), evaluators, show=is_first)
         workers.gather(None)  # all parts are finished
         if writer is not None:
             for stored, measured in read_parts(folder, workers.count, order):

@@ -1,6 +1,7 @@
 """`upsnet train`: from a recipe to snapshots."""
 
 import logging
+from collections.abc import Callable
 from contextlib import closing
 from datetime import datetime
 from functools import partial
@@ -10,22 +11,25 @@ import torch
 from torch import nn
 
 from upsnet import builders
-from upsnet.checkpoints.download_weights import command_for
-from upsnet.checkpoints.files import read_weights
+from upsnet.commands.starting import begin_run, starting_point
 from upsnet.commands.startup import say_how_many_workers, say_where
+from upsnet.commands.testing import truth_of
 from upsnet.config import Recipe, dump_recipe, paths
 from upsnet.dataset.coco_panoptic import CocoPanoptic
 from upsnet.dataset.loading import BatchLoader
+from upsnet.engine.bad_batch import write_batch
+from upsnet.engine.inference_loop import score_in_memory
 from upsnet.engine.log import TrainingLog, logging_to
 from upsnet.engine.options import LoopOptions
-from upsnet.engine.snapshots import ResumeState, Snapshots, complete_snapshots, resume
+from upsnet.engine.snapshots import Snapshots, complete_snapshots
 from upsnet.engine.standing import unpack
+from upsnet.engine.train import Test
 from upsnet.engine.train import train as run_training
 from upsnet.engine.workers import Workers
-from upsnet.models.upsnet import UPSNet
-from upsnet.structures.categories import Categories
-from upsnet.structures.errors import DataError, RecipeError, WeightsError
+from upsnet.evaluation.panoptic_quality import PanopticQuality
+from upsnet.structures.errors import DataError, RecipeError
 from upsnet.structures.pictures import write_png
+from upsnet.structures.results import Output
 from upsnet.structures.sample import Batch
 from upsnet.visualize import draw_batch
 
@@ -38,10 +42,11 @@ def train(recipe: Recipe) -> Path:
     Raises:
         UserError: the recipe, the data, the weights or the place to write to is at fault.
     """
-    if recipe.train.begin_iteration > 0 and not recipe.train.resume:
+    if recipe.train.begin_iteration > 0 and recipe.train.resume is not True:
         raise RecipeError(
-            f"train.begin_iteration is {recipe.train.begin_iteration}, but train.resume is false: "
-            f"set train.resume=true to go on from that step, or leave train.begin_iteration out"
+            f"train.begin_iteration is {recipe.train.begin_iteration}, but train.resume is "
+            f"{recipe.train.resume or 'false'}: set train.resume=true to go on from that step, or leave "
+            f"train.begin_iteration out"
         )
     workers, device = builders.build_workers(recipe)
     with closing(workers):
@@ -61,17 +66,25 @@ def _train(recipe: Recipe, workers: Workers, device: torch.device, carried: byte
         options = builders.engine_options(recipe, len(dataset), workers.count)
         say_where(device)
         say_how_many_workers(recipe, workers.count)
+        snapshots = Snapshots(
+            folder, recipe.model_prefix, dataset.categories, dump_recipe(recipe), recipe.train.keep_snapshots
+        )
         if carried is None:
-            start = _starting_point(recipe, network, optimizer, dataset.categories)
+            start = starting_point(recipe, network, optimizer, snapshots, workers)
         else:
             start = unpack(carried, network, optimizer)
             logger.info("the workers have changed: going on after step %d", start.iteration)
         _say_what_is_trained(recipe, dataset, network, options, workers.count)
         _say_what_will_not_come(recipe)
-        snapshots = Snapshots(folder, recipe.model_prefix, dataset.categories, dump_recipe(recipe))
+        if start is not None and start.iteration >= options.max_iteration:
+            logger.info("finished already: there are snapshots up to step %d, train.max_iteration", start.iteration)
+            return snapshots.path(start.iteration)
         if start is None and ((folder / "metrics.jsonl").exists() or complete_snapshots(folder)):
             logger.warning("an earlier run in %s is replaced; train.resume=true would go on with it", folder)
         validation = _validation_batches(recipe, dataset, workers) if recipe.train.eval_data else None
+        test = _test(recipe, network, dataset, workers) if recipe.train.test_step is not None else None
+        if carried is None:
+            begin_run(snapshots, start, workers)
         begin = start.iteration if start else 0
         tensorboard = paths.tensorboard_folder(recipe, now)
         with TrainingLog(folder / "metrics.jsonl", tensorboard, begin) if is_first else TrainingLog() as log:
@@ -85,41 +98,11 @@ def _train(recipe: Recipe, workers: Workers, device: torch.device, carried: byte
                 start,
                 validation,
                 on_first_batch=(lambda batch: _draw_first_batch(batch, dataset, folder)) if is_first else None,
+                store_batch=lambda batch, step: _store_bad_batch(batch, dataset, folder / f"bad_batch_{step}.pth"),
+                test=test,
                 workers=workers,
             )
         return snapshots.path(options.max_iteration)
-
-
-def _starting_point(
-    recipe: Recipe, network: UPSNet, optimizer: torch.optim.Optimizer, categories: Categories
-) -> ResumeState | None:
-    """Puts weights into the network: those of the snapshot that is resumed, else the pretrained ones, if any."""
-    if recipe.train.resume:
-        path = paths.snapshot_file(recipe, recipe.train.begin_iteration)
-        start = resume(path, optimizer)
-        builders.load_trained(recipe, network, read_weights(path), categories)
-        if start.iteration >= recipe.train.max_iteration:
-            raise RecipeError(
-                f"train.max_iteration is {recipe.train.max_iteration}, but the snapshot to resume from has "
-                f"{start.iteration} steps already: raise it"
-            )
-        logger.info("resuming after step %d", start.iteration)
-        return start
-    if recipe.network.pretrained is not None:
-        _check_pretrained(recipe, Path(recipe.network.pretrained))
-        builders.start_from_pretrained(recipe, network, categories)
-    return None
-
-
-def _check_pretrained(recipe: Recipe, path: Path) -> None:
-    if not path.is_file():
-        command = command_for(path)
-        depth = recipe.symbol.split("_")[1]
-        raise WeightsError(
-            f"network.pretrained: there is no weight file {path}: "
-            f"{f'run {command}' if command else f'put a ResNet-{depth} there'}, or train from scratch "
-            f"with network.pretrained=null network.backbone_fix_bn=false network.backbone_freeze_at=0"
-        )
 
 
 def _say_what_will_not_come(recipe: Recipe) -> None:
@@ -167,12 +150,38 @@ def _say_what_is_trained(
 
 def _validation_batches(recipe: Recipe, training_set: CocoPanoptic, workers: Workers) -> BatchLoader:
     dataset = builders.build_test_set(recipe, targets=True)
+    _check_classes(recipe, dataset, training_set)
+    return builders.build_test_loader(recipe, dataset, workers.rank, workers.count)
+
+
+def _test(recipe: Recipe, network: nn.Module, training_set: CocoPanoptic, workers: Workers) -> Test:
+    dataset = builders.build_test_set(recipe)
+    if not dataset.has_truth:
+        raise RecipeError(
+            f"train.test_step is {recipe.train.test_step}, but {recipe.dataset.test_image_set} has no labels to test "
+            f"with: choose another dataset.test_image_set, or leave train.test_step out"
+        )
+    _check_classes(recipe, dataset, training_set)
+    loader = builders.build_test_loader(recipe, dataset, workers.rank, workers.count)
+    image_ids, only_panoptic = builders.test_order(recipe, dataset), frozenset[Output]({"panoptic"})
+
+    def test(stopped: Callable[[], bool]) -> float | None:
+        quality = PanopticQuality(dataset.categories)
+        summary = score_in_memory(
+            network, loader, image_ids, truth_of(dataset), quality, workers, recipe.test.precision, only_panoptic,
+            stopped,
+        )  # fmt: skip
+        return None if summary is None else float(summary["all"]["pq"] or 0.0)
+
+    return test
+
+
+def _check_classes(recipe: Recipe, dataset: CocoPanoptic, training_set: CocoPanoptic) -> None:
     if dataset.categories != training_set.categories:
         raise DataError(
             f"{recipe.dataset.dataset_path}: {recipe.dataset.test_image_set} has other categories than "
             f"{recipe.dataset.image_set}: correct one of the panoptic json files"
         )
-    return builders.build_test_loader(recipe, dataset, workers.rank, workers.count)
 
 
 def _count_parameters(network: nn.Module) -> int:
@@ -180,7 +189,18 @@ def _count_parameters(network: nn.Module) -> int:
 
 
 def _draw_first_batch(batch: Batch, dataset: CocoPanoptic, folder: Path) -> None:
-    assert dataset.transform is not None
     path = folder / "first_batch.png"
-    write_png(path, draw_batch(batch, dataset.categories, dataset.transform.picture))
+    _draw(batch, dataset, path)
     logger.info("the first batch as the network sees it: %s", path)
+
+
+def _store_bad_batch(batch: Batch, dataset: CocoPanoptic, path: Path) -> tuple[Path, Path]:
+    write_batch(path, batch)
+    picture = path.with_suffix(".png")
+    _draw(batch, dataset, picture)
+    return path, picture
+
+
+def _draw(batch: Batch, dataset: CocoPanoptic, path: Path) -> None:
+    assert dataset.transform is not None
+    write_png(path, draw_batch(batch, dataset.categories, dataset.transform.picture))

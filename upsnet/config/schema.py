@@ -247,10 +247,25 @@ class TrainOptions(_Options):
     flip: bool = Field(True, description="an epoch holds every image twice, as it is and mirrored")
     shuffle: bool = Field(True, description="a new order of the images in every epoch")
     gt_min_area: float = Field(-1, description="leaves out instances with a smaller area in pixels")
-    resume: bool = Field(False, description="continues from the snapshot of `begin_iteration`")
+    resume: bool | Literal["auto"] = Field(
+        False,
+        description="true: continues from the snapshot of `begin_iteration`; auto: from the newest whole snapshot of "
+        "the run, from the beginning if there is none",
+    )
     begin_iteration: Natural = Field(0, description="number of the snapshot to resume from")
     display_iter: Count = Field(20, description="steps between two lines in the log")
     snapshot_step: Count = Field(2000, description="steps between two snapshots")
+    keep_snapshots: Count | None = Field(
+        None, description="so many of the last snapshots stay, and the best one; null: all"
+    )
+    test_step: Count | None = Field(
+        None,
+        description="steps between two tests on the test images; the snapshot with the best panoptic quality is kept; "
+        "null: never",
+    )
+    bad_images: Literal["error", "skip"] = Field(
+        "error", description="training images that cannot be read; skip: another image takes the place, and is counted"
+    )
     eval_data: bool = Field(True, description="losses on the test images after every epoch")
     rpn_batch_size: Count = Field(256, description="anchors sampled in each image")
     rpn_fg_fraction: Fraction = Field(0.5, description="largest share of positive anchors in the sample")

@@ -1,7 +1,7 @@
 """The test loop: predictions, fresh from a network or read back from disk, are stored and scored one by one."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, takewhile
 from typing import Any, Protocol
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 from tqdm import tqdm
 
 from upsnet.engine.precision import Precision, autocast
+from upsnet.engine.together import Together
 from upsnet.engine.workers import Workers
 from upsnet.structures.errors import DataError
 from upsnet.structures.results import Output, Prediction, Truth
@@ -150,7 +151,8 @@ def score_in_memory(
     workers: Workers,
     precision: Precision = "fp32",
     outputs: frozenset[Output] | None = None,
-) -> Mapping[str, Any]:
+    stopped: Callable[[], bool] = lambda: False,
+) -> Mapping[str, Any] | None:
     """The summary of a network that is being trained, on every worker; nothing is stored.
 
     The network comes back in the mode in which it came. Any number of workers gives the same to the last digit.
@@ -159,18 +161,23 @@ def score_in_memory(
         batches: this worker's; all workers' together have every image once.
         image_ids: of all workers' batches, in the order in which they are counted.
         evaluator: a fresh one that needs no files, for instance `PanopticQuality` (outputs: {"panoptic"}).
+        stopped: asked before every batch; where it says so on a worker, nothing is given.
 
     Raises:
         DataError: an image has no prediction or two.
+        UserError: a batch cannot be loaded on one of the workers; on all of them.
     """
-    training = network.training
+    training, together = network.training, Together(workers)
     bar = tqdm(batches, desc="test", unit="batch", leave=False, dynamic_ncols=True, disable=workers.rank > 0)
-    share = [
-        (prediction.image_id, evaluator.measure(prediction, truth_of(prediction.image_id)))
-        for prediction in predict_batches(network, bar, precision, outputs)
-    ]
+    share = []
+    with together.keeping():
+        for prediction in predict_batches(network, takewhile(lambda _: not stopped(), bar), precision, outputs):
+            share.append((prediction.image_id, evaluator.measure(prediction, truth_of(prediction.image_id))))
     network.train(training)
-    gathered = list(chain.from_iterable(workers.gather(share)))
+    shares, stops = zip(*together.exchange((share, stopped())), strict=True)
+    if any(stops):
+        return None
+    gathered = list(chain.from_iterable(shares))
     measured = dict(gathered)
     if len(gathered) != len(image_ids) or measured.keys() != set(image_ids):
         raise DataError(f"{len(gathered)} predictions of {len(image_ids)} images: every image needs one")

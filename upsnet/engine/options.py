@@ -14,7 +14,8 @@ class LoopOptions:
     max_iteration: optimiser steps in all. steps_per_epoch: optimiser steps in one pass over the data.
     accumulation: batches in one optimiser step. loss_weights: factors of losses in the total, 1 where not named.
     clip_gradient: greatest norm of all gradients together. ema: decay of the average of the weights. None: neither.
-    display_iter, snapshot_step: steps between two log lines, two snapshots. The rest: see `learning_rate`.
+    display_iter, snapshot_step, test_step: steps between two log lines, two snapshots, two tests (None: none).
+    The rest: see `learning_rate`.
     """
 
     max_iteration: int
@@ -31,6 +32,7 @@ class LoopOptions:
     seed: int = 0
     display_iter: int = 20
     snapshot_step: int = 2000
+    test_step: int | None = None
 
     def learning_rate(self, iteration: int) -> float:
         return learning_rate(

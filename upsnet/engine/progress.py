@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ class StepValues:
     """Unweighted losses and metrics as means over `images` images.
 
     waited: seconds for which the step waited for its batches. memory: peak in MiB. Both of the worker that has most.
+    skipped: why images could not be read in whose places others stand.
     """
 
     losses: dict[str, float]
@@ -28,6 +29,7 @@ class StepValues:
     images: int
     waited: float = 0.0
     memory: float = 0.0
+    skipped: Sequence[str] = ()
 
 
 class Progress:
@@ -39,6 +41,7 @@ class Progress:
         self._start_line()
         self._shown = ""
         self._lines, self._has_warned = 0, False
+        self._skipped: dict[str, int] = {}
         reset_peak_memory(device)
 
     def step(self, iteration: int, rate: float, values: StepValues, seconds: float) -> None:
@@ -50,6 +53,7 @@ class Progress:
         self._images += values.images
         self._seconds += seconds
         self._waited += values.waited
+        self._name_skipped(values.skipped)
         self._log.scalars(iteration, {"train_total_loss": total} | _prefixed("train_", named))
         speed, share = self._images / self._seconds, self._waited / self._seconds
         means = self._line_means.values()
@@ -83,6 +87,26 @@ class Progress:
         self._log.scalars(iteration, _prefixed("val_", named))
         self._log.line({"iteration": iteration, "epoch": epoch} | record | {"time": round(time.time(), 2)})
         logger.info("Batch [%d]\t Epoch[%d]\tVal-%s", iteration, epoch, _listed(named))
+
+    def tested(self, iteration: int, pq: float) -> None:
+        """Writes the panoptic quality × 100 after this iteration."""
+        epoch = self._epoch(iteration)
+        self._log.scalars(iteration, {"test_pq": pq})
+        self._log.line({"iteration": iteration, "epoch": epoch, "test_pq": pq, "time": round(time.time(), 2)})
+        logger.info("Batch [%d]\t Epoch[%d]\tTest-pq=%.6f", iteration, epoch, pq)
+
+    def _name_skipped(self, reasons: Sequence[str]) -> None:
+        """Every image that could not be read, once."""
+        for reason in reasons:
+            if reason not in self._skipped:
+                logger.warning("skipped, another image takes its place: %s", reason)
+            self._skipped[reason] = self._skipped.get(reason, 0) + 1
+
+    def end(self) -> None:
+        """Says how many images were skipped, if any."""
+        if self._skipped:
+            times = sum(self._skipped.values())
+            logger.warning("%d bad images were skipped, %d times in all", len(self._skipped), times)
 
     def end_epoch(self) -> None:
         self._epoch_means = Means()

@@ -2,14 +2,17 @@
 
 `<prefix>N.pth`: weights (averaged ones where an average is kept), class table, recipe, step, format version: what
 testing and others want.
-`<prefix>N.state.pth`: what only a resume wants, as tensors and plain values. It is renamed last: where it stands, the
-pair is complete.
+`<prefix>N.state.pth`: what only a resume wants, as tensors and plain values, and the digest of the weight file. It is
+renamed last: where it stands, the pair is complete. Both are zip files with a checksum of each entry.
 """
 
+import glob
+import hashlib
 import io
+import logging
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from upsnet.checkpoints.files import FORMAT_VERSION, check_version, load_safely
+from upsnet.engine.run_record import FILE_NAME, RunRecord, read_run_record
 from upsnet.structures.categories import Categories
 from upsnet.structures.errors import WeightsError
-from upsnet.structures.places import sync_folder, write_temporary, writing
+from upsnet.structures.places import remove, sync_folder, write_temporary, writing
+
+logger = logging.getLogger("upsnet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +46,14 @@ class Snapshots:
     """The snapshots of one run.
 
     folder, prefix: `folder/<prefix>N.pth`. categories, recipe: the class table and the recipe's yaml, stored alongside.
+    keep: so many of the run's last snapshots stay, and the best one; None: all.
     """
 
     folder: Path
     prefix: str
     categories: Categories
     recipe: str
+    keep: int | None = None
 
     def path(self, iteration: int) -> Path:
         """The weight file after this many steps."""
@@ -77,8 +85,85 @@ class Snapshots:
         }
         with writing(weights_path):
             self.folder.mkdir(parents=True, exist_ok=True)
-            _replace_pair(weights_path, _serialised(weights), _serialised(rest))
+            content = _serialised(weights)
+            rest["weights_sha256"] = hashlib.sha256(content).hexdigest()
+            _replace_pair(weights_path, content, _serialised(rest))
+        self._list(state.iteration)
         return weights_path
+
+    def begin(self, start: int | None, launch: str = "") -> None:
+        """Says which snapshots of the folder belong to the run that begins now, and removes what a killed one left.
+
+        Args:
+            start: the snapshot that it goes on from; later ones are replaced. None: it begins anew.
+            launch: its name, see `RunRecord`.
+
+        Raises:
+            PlaceError: the folder cannot be written.
+        """
+        for name in (self.prefix, FILE_NAME):
+            for left in self.folder.glob(f".{glob.escape(name)}*.tmp"):
+                if left.is_file():
+                    remove(left)
+        record = RunRecord()
+        if start is not None:
+            before = self._record()
+            listed = sorted({*(iteration for iteration in before.iterations if iteration < start), start})
+            record = replace(before, iterations=listed)
+            if before.best not in listed:
+                record = replace(record, best=None, pq=None)
+        replace(record, launch=launch).write(self.folder)
+
+    def is_of_launch(self, launch: str) -> bool:
+        """Whether the run in the folder was begun or taken up by this launch."""
+        record = read_run_record(self.folder)
+        return record is not None and record.launch == launch
+
+    def newest_whole(self) -> Path | None:
+        """The weights of the run's newest snapshot that is whole; damaged ones are named in a warning."""
+        for iteration in reversed(self._record().iterations):
+            path = self.path(iteration)
+            try:
+                check_whole(path)
+            except WeightsError as error:
+                logger.warning("%s; the snapshot before it is used instead", error)
+            else:
+                return path
+        return None
+
+    def is_best(self, pq: float) -> bool:
+        """Whether no snapshot of the run has had this panoptic quality."""
+        best = self._record().pq
+        return best is None or pq > best
+
+    def set_best(self, iteration: int, pq: float) -> None:
+        """Keeps the snapshot of this iteration as the best one."""
+        replace(self._record(), best=iteration, pq=pq).write(self.folder)
+        self._list(iteration)
+
+    def _record(self) -> RunRecord:
+        """Without one in the folder, all complete snapshots are the run's."""
+        record = read_run_record(self.folder)
+        if record is not None:
+            return record
+        names = (name.removeprefix(self.prefix).removesuffix(".pth") for name in complete_snapshots(self.folder))
+        return RunRecord(iterations=sorted(int(name) for name in names if name.isdecimal()))
+
+    def _list(self, iteration: int) -> None:
+        """Takes a snapshot into the record and removes those that are no longer kept."""
+        record = self._record()
+        # Where we were killed while removing, the record still has what may be gone.
+        listed = {known for known in record.iterations if self.path(known).is_file()}
+        record = replace(record, iterations=sorted({*listed, iteration}))
+        record.write(self.folder)
+        for old in self._not_kept(record):
+            remove(state_path(self.path(old)))
+            remove(self.path(old))
+
+    def _not_kept(self, record: RunRecord) -> Iterable[int]:
+        if self.keep is None:
+            return ()
+        return (old for old in record.iterations[: -self.keep] if old != record.best)
 
 
 def state_path(weights_path: Path) -> Path:
@@ -86,11 +171,11 @@ def state_path(weights_path: Path) -> Path:
     return weights_path.with_name(weights_path.name.removesuffix(".pth") + ".state.pth")
 
 
-def resume(weights_path: Path, optimizer: torch.optim.Optimizer) -> ResumeState:
-    """Puts the optimiser back to where a snapshot was taken, and says where that was; its weights are read like others.
+def check_whole(weights_path: Path) -> dict[str, Any]:
+    """Reads both files of a snapshot and returns its training state.
 
     Raises:
-        WeightsError: one of the two files is missing, or the training state is damaged or does not fit the optimiser.
+        WeightsError: one of them is missing or damaged, or they do not belong together.
     """
     path = state_path(weights_path)
     for file in (weights_path, path):
@@ -99,6 +184,24 @@ def resume(weights_path: Path, optimizer: torch.optim.Optimizer) -> ResumeState:
     rest = load_safely(path)
     if not isinstance(rest, dict) or not {"optimizer", "optimizer_class", "iteration", "seed", "scaler"} <= rest.keys():
         raise WeightsError(f"{path} is not the training state of a snapshot: resume from another one")
+    digest = rest.get("weights_sha256")  # snapshots of earlier versions have none
+    if digest is None:
+        load_safely(weights_path)
+    elif digest != _digest(weights_path):
+        raise WeightsError(
+            f"{weights_path} is damaged, or {path.name} beside it belongs to other weights: "
+            f"resume from another snapshot"
+        )
+    return rest
+
+
+def resume(weights_path: Path, optimizer: torch.optim.Optimizer) -> ResumeState:
+    """Puts the optimiser back to where a snapshot was taken, and says where that was; its weights are read like others.
+
+    Raises:
+        WeightsError: see `check_whole`; or the training state does not fit the optimiser.
+    """
+    path, rest = state_path(weights_path), check_whole(weights_path)
     check_version(rest, path)
     if rest["optimizer_class"] != type(optimizer).__name__:
         raise WeightsError(
@@ -128,6 +231,14 @@ def _advice(missing: Path) -> str:
     if not complete:
         return f"there is none in {missing.parent}, train from the start without train.resume"
     return f"set train.begin_iteration to that of a complete one ({', '.join(complete)})"
+
+
+def _digest(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read ({error.strerror}): check the path") from error
 
 
 def _serialised(content: dict[str, Any]) -> memoryview:
