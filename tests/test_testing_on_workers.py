@@ -14,7 +14,7 @@ from tests.processes import ROOT
 from tests.test_torchrun import TORCHRUN, run
 from tests.tiny import copy_run, upsnet
 from upsnet import builders, commands
-from upsnet.commands import testing
+from upsnet.commands import testing, training
 from upsnet.config import load_recipe
 from upsnet.structures.errors import PlaceError
 
@@ -133,6 +133,25 @@ def test_workers_that_share_no_folder_hear_so_before_the_first_image(done, run_o
     ):
         run_on(2, done, own=own, weights=weights)
     assert not (results_of(done) / "index.json").exists()
+
+
+def test_validation_images_are_shared_out_by_a_training(done):
+    recipe = load_recipe(str(done), ["test.batch_size=1"])
+    dataset = builders.build_training_set(recipe)
+
+    def seen(workers):
+        return [batch.image_ids for batch in training._validation_batches(recipe, dataset, workers)]
+
+    (alone,) = together(1, seen)
+    first, second = together(2, seen)
+    assert first == alone[::2] and second == alone[1::2] and len(alone) == 6
+
+
+def test_a_plain_test_for_several_gpus_becomes_a_launch_but_not_to_score_what_is_stored(done, monkeypatch):
+    launched = []
+    monkeypatch.setattr(commands, "launch_on_several_gpus", lambda recipe, **options: launched.append(options))
+    assert upsnet("test", "--cfg", done, "--eval_only").code == 0 and launched == []
+    assert upsnet("test", "--cfg", done).code == 0 and launched == [{"for_training": False}]
 
 
 @pytest.mark.slow
