@@ -414,3 +414,57 @@ def test_shapes_and_the_demo_recipe_fit_together(tmp_path):
     )  # fmt: skip
     assert trained.code == 0, trained.err
     assert (tmp_path / "out/upsnet_resnet18_shapes/train/upsnet_resnet_18_shapes_1.pth").is_file()
+
+
+# -- nothing lost ------------------------------------------------------------------------------------------------------
+
+
+def test_training_goes_on_by_itself_from_the_newest_whole_snapshot(done):
+    """The last one is damaged: it is named, and written anew."""
+    folder = done.parent / "out/tiny/train"
+    newest = folder / "tiny_2.pth"
+    whole, weights = newest.read_bytes(), weights_of(newest)
+    newest.unlink()  # not the file itself, which other tests share
+    newest.write_bytes(whole[:-100])
+    ran = upsnet("train", "--cfg", done, "train.resume=auto")
+    assert ran.code == 0, ran.err
+    assert "tiny_2.pth is damaged" in ran.err and "resuming after step 1" in ran.err
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of(newest).items())
+    again = upsnet("train", "--cfg", done, "train.resume=auto")
+    assert again.code == 0 and "finished already" in again.err
+
+
+def test_auto_begins_at_the_beginning_where_nothing_is(recipe):
+    ran = upsnet("train", "--cfg", recipe, "train.resume=auto", "train.max_iteration=1")
+    assert ran.code == 0 and "it starts from the beginning" in ran.err
+    wrong = upsnet("train", "--cfg", recipe, "train.resume=auto", "train.begin_iteration=1")
+    assert wrong.code == 2 and "train.resume is auto" in wrong.errors[0]
+
+
+def test_tests_while_training_keep_the_best_snapshot(recipe):
+    ran = upsnet("train", "--cfg", recipe, "train.test_step=1", "train.keep_snapshots=1", "train.snapshot_step=1")
+    assert ran.code == 0, ran.err
+    folder = recipe.parent / "out/tiny/train"
+    told = {line["iteration"]: line["test_pq"] for line in lines_of(folder / "metrics.jsonl") if "test_pq" in line}
+    record = json.loads((folder / "snapshots.json").read_text())
+    assert told.keys() == {1, 2} and record["pq"] == max(told.values()) == told[record["best"]]
+    assert {path.name for path in folder.glob("*.state.pth")} == {f"tiny_{n}.state.pth" for n in {2, record["best"]}}
+
+
+def test_bad_images_are_skipped_and_counted(recipe):
+    photo = recipe.parent / "data/images/train/000000000003.jpg"
+    photo.write_bytes(photo.read_bytes()[:700])
+    ran = upsnet("train", "--cfg", recipe, "train.bad_images=skip", "train.max_iteration=6")
+    assert ran.code == 0, ran.err
+    assert ran.err.count("skipped, another image takes its place: image 3") == 1
+    assert re.search(r"1 bad images were skipped, \d times in all", ran.err)
+
+
+def test_a_batch_without_a_finite_loss_is_stored(recipe):
+    ran = upsnet("train", "--cfg", recipe, "train.lr=1.0e+30")
+    (error,) = ran.errors
+    path = recipe.parent / "out/tiny/train/bad_batch_1.pth"
+    assert ran.code == 2 and "stored as the network saw it in" in error and str(path) in error
+    content = torch.load(path, weights_only=True)
+    assert len(content["image_ids"]) == len(content["instances"]) == 2 and content["semantic"] is not None
+    assert cv2.imread(str(path.with_suffix(".png"))) is not None

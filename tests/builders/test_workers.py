@@ -1,3 +1,4 @@
+import os
 import sys
 from types import ModuleType
 
@@ -5,7 +6,7 @@ import pytest
 import torch
 
 from upsnet import builders
-from upsnet.builders.workers import launcher_of
+from upsnet.builders.workers import launch_of, launcher_of
 from upsnet.commands import launch
 from upsnet.commands.startup import say_how_many_workers
 from upsnet.config import load_recipe
@@ -127,3 +128,12 @@ def test_it_does_not_with_one_gpu_for_horovod_or_inside_a_launch(gpus, monkeypat
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     launch.launch_on_several_gpus(recipe("gpus='0,1'"), for_training=True)
+
+
+def test_a_launch_by_torchrun_has_a_name_and_knows_whether_it_is_a_restart():
+    torchrun = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    assert launch_of({}) == launch_of({"TORCHELASTIC_RUN_ID": "job", "TORCHELASTIC_RESTART_COUNT": "1"}) == ("", False)
+    assert launch_of(torchrun | {"TORCHELASTIC_RUN_ID": "job"}) == ("job", False)
+    assert launch_of(torchrun | {"TORCHELASTIC_RUN_ID": "job", "TORCHELASTIC_RESTART_COUNT": "2"}) == ("job", True)
+    nameless, _ = launch_of(torchrun | {"TORCHELASTIC_RUN_ID": "none"})
+    assert nameless.endswith(f":{os.getppid()}") and nameless == launch_of(torchrun)[0]
