@@ -123,6 +123,32 @@ def test_the_best_tested_snapshot_is_kept(tmp_path):
     assert not snapshots.is_best(30.0) and snapshots.is_best(30.1)
 
 
+def test_a_best_snapshot_that_cannot_be_written_costs_no_other_one(tmp_path, monkeypatch):
+    def full(*_):
+        raise PlaceError("no room")
+
+    options, snapshots, network = replace(OPTIONS, snapshot_step=3, test_step=4), snapshots_in(tmp_path, keep=1), Toy()
+
+    def test(stopped):
+        monkeypatch.setattr(Snapshots, "save", full)
+        return 50.0
+
+    with pytest.raises(PlaceError, match="no room"):
+        train(network, batches(4), build_optimizer(network), options, snapshots, test=test)
+    assert snapshots.newest_whole() == snapshots.path(3) and snapshots.is_best(1.0)
+
+
+def test_stopped_before_its_first_step_a_resumed_run_leaves_its_snapshot_as_it_is(tmp_path, monkeypatch):
+    snapshots, network, options = snapshots_in(tmp_path), Toy(), replace(OPTIONS, max_iteration=3)
+    train(network, batches(4), build_optimizer(network), options, snapshots)
+    monkeypatch.setattr(Snapshots, "save", lambda *_: pytest.fail("written once more"))
+    optimizer = build_optimizer(network)
+    start = resume(snapshots.path(3), optimizer)
+    snapshots.begin(3)
+    with pytest.raises(Stopped, match="after step 3"):
+        train(network, with_signal(batches(4, first_step=3), 0), optimizer, OPTIONS, snapshots, start=start)
+
+
 def test_skipped_images_are_named_once_and_counted(caplog):
     stream = (replace(batch, skipped=["image 3 is cut off"]) for batch in batches(4))
     network = Toy()

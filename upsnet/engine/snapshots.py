@@ -131,6 +131,11 @@ class Snapshots:
                 return path
         return None
 
+    def holds(self, iteration: int) -> bool:
+        """Whether the run has a snapshot of this iteration already."""
+        record = read_run_record(self.folder)
+        return record is not None and iteration in record.iterations and state_path(self.path(iteration)).is_file()
+
     def is_best(self, pq: float) -> bool:
         """Whether no snapshot of the run has had this panoptic quality."""
         best = self._record().pq

@@ -130,6 +130,11 @@ class _Milestones:
     saved: int = -1
     """The step of the last snapshot."""
 
+    def __post_init__(self) -> None:
+        begun = self.standing.iteration
+        if begun > 0 and self.snapshots is not None and self.snapshots.holds(begun):
+            self.saved = begun
+
     def passed(self, signals: StopSignals) -> None:
         iteration, options = self.standing.iteration, self.options
         last = iteration == options.max_iteration
@@ -178,14 +183,18 @@ class _Milestones:
         with self.together.keeping():
             self.progress.tested(self.standing.iteration, pq)
             if self.snapshots is not None and self.workers.rank == 0 and self.snapshots.is_best(pq):
-                self._save()
+                self._write(self.snapshots)
                 self.snapshots.set_best(self.standing.iteration, pq)
 
     def _save(self) -> None:
-        if self.snapshots is None or self.workers.rank > 0 or self.saved == self.standing.iteration:
-            return
-        with self.together.keeping():
-            self.standing.save(self.snapshots)
+        if self.snapshots is not None and self.workers.rank == 0:
+            with self.together.keeping():
+                self._write(self.snapshots)
+
+    def _write(self, snapshots: Snapshots) -> None:
+        # One that is there stays untouched: while a pair is replaced, it is not whole.
+        if self.saved != self.standing.iteration:
+            self.standing.save(snapshots)
             self.saved = self.standing.iteration
 
 
