@@ -130,10 +130,13 @@ def test_it_does_not_with_one_gpu_for_horovod_or_inside_a_launch(gpus, monkeypat
     launch.launch_on_several_gpus(recipe("gpus='0,1'"), for_training=True)
 
 
-def test_a_launch_by_torchrun_has_a_name_and_knows_whether_it_is_a_restart():
+def test_a_launch_by_torchrun_knows_its_own_workers_of_before():
     torchrun = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
-    assert launch_of({}) == launch_of({"TORCHELASTIC_RUN_ID": "job", "TORCHELASTIC_RESTART_COUNT": "1"}) == ("", False)
-    assert launch_of(torchrun | {"TORCHELASTIC_RUN_ID": "job"}) == ("job", False)
-    assert launch_of(torchrun | {"TORCHELASTIC_RUN_ID": "job", "TORCHELASTIC_RESTART_COUNT": "2"}) == ("job", True)
-    nameless, _ = launch_of(torchrun | {"TORCHELASTIC_RUN_ID": "none"})
-    assert nameless.endswith(f":{os.getppid()}") and nameless == launch_of(torchrun)[0]
+    job, again = torchrun | {"TORCHELASTIC_RUN_ID": "job"}, {"TORCHELASTIC_RESTART_COUNT": "2"}
+    assert launch_of({}) == launch_of({"TORCHELASTIC_RUN_ID": "job"} | again) == ((), ())
+    (agent, name), earlier = launch_of(job)
+    assert agent.startswith("job:") and agent.endswith(f":{os.getppid()}") and name == "job"
+    assert earlier == [agent], "another launch may have been given the name, too; a machine that comes is no restart"
+    assert launch_of(job | again).earlier == [agent, "job"], "rank 0 may be on another machine than before"
+    nameless = launch_of(torchrun | {"TORCHELASTIC_RUN_ID": "none"} | again)
+    assert nameless == launch_of(torchrun) and list(nameless.names) == list(nameless.earlier) != [agent]

@@ -246,7 +246,7 @@ def test_the_last_ones_are_kept_and_the_best(snapshots):
     assert kept(snapshots) == [4, 5]
     save(snapshots, 6)
     record = json.loads((snapshots.folder / "snapshots.json").read_text())
-    assert record == {"launch": "", "snapshots": [4, 5, 6], "best": 5, "pq": 11.0} and kept(snapshots) == [5, 6]
+    assert record == {"launch": [], "snapshots": [4, 5, 6], "best": 5, "pq": 11.0} and kept(snapshots) == [5, 6]
 
 
 def test_all_are_kept_unless_it_is_said(snapshots):
@@ -271,9 +271,9 @@ def test_a_run_that_goes_on_keeps_what_was_before_and_replaces_what_came_later(s
     for step in (2, 4, 6):
         save(snapshots, step)
     snapshots.set_best(6, 50.0)
-    snapshots.begin(4, "job")
+    snapshots.begin(4, ["job", "host:7"])
     assert snapshots.newest_whole() == snapshots.path(4) and snapshots.is_best(1.0)
-    assert snapshots.is_of_launch("job") and not snapshots.is_of_launch("")
+    assert snapshots.is_of_launch({"other", "host:7"}) and not snapshots.is_of_launch({"other"})
     snapshots.set_best(2, 40.0)
     snapshots.begin(4)
     assert not snapshots.is_best(39.0)
@@ -285,7 +285,7 @@ def test_a_folder_without_record_counts_as_it_is(snapshots):
     for step in (9, 10):
         save(snapshots, step)
     (snapshots.folder / "snapshots.json").unlink()
-    assert snapshots.newest_whole() == snapshots.path(10) and not snapshots.is_of_launch("")
+    assert snapshots.newest_whole() == snapshots.path(10) and not snapshots.is_of_launch([""])
     (snapshots.folder / "snapshots.json").write_text('{"launch"')
     with pytest.raises(WeightsError, match=r"snapshots\.json is damaged: remove it"):
         snapshots.newest_whole()

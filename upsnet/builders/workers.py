@@ -2,8 +2,8 @@
 
 import os
 import socket
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -25,15 +25,25 @@ def launcher_of(environment: Mapping[str, str]) -> Launcher:
     return "plain"
 
 
-def launch_of(environment: Mapping[str, str]) -> tuple[str, bool]:
-    """The name of the launch by torchrun that a process is part of, empty for others; and whether torchrun has started
-    its workers anew, since one was lost."""
+class Launch(NamedTuple):
+    """names: of the launch by torchrun that a process is part of, none for others. earlier: those of them that only
+    workers of the same launch can have had before."""
+
+    names: Sequence[str] = ()
+    earlier: Sequence[str] = ()
+
+
+def launch_of(environment: Mapping[str, str]) -> Launch:
+    """torchrun starts all workers anew when one is lost, and when a machine comes; then it counts no restart, and on
+    other machines than the lost worker's it counts none either. But its own process on a machine stays."""
     if launcher_of(environment) != "torchrun":
-        return "", False
+        return Launch()
     name = environment.get("TORCHELASTIC_RUN_ID", "none")
-    if name == "none":  # not given by the user; then torchrun's process on this machine stands for it
-        name = f"{socket.gethostname()}:{os.getppid()}"
-    return name, int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    agent = f"{name}:{socket.gethostname()}:{os.getppid()}"
+    is_restart = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if name == "none":  # not given by the user
+        return Launch([agent], [agent])
+    return Launch([agent, name], [agent, name] if is_restart else [agent])
 
 
 def build_workers(recipe: Recipe, for_training: bool = True) -> tuple[Workers, torch.device]:

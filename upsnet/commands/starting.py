@@ -27,9 +27,10 @@ def starting_point(
     Workers that torchrun has started anew go on by themselves from what their launch has saved.
     """
     together = Together(workers)
-    launch, is_restart = builders.launch_of(os.environ)
+    earlier = {name for launch in together.exchange(builders.launch_of(os.environ)) for name in launch.earlier}
+    goes_on, newest = recipe.train.resume == "auto", None
     with together.keeping():
-        goes_on = recipe.train.resume == "auto" or (is_restart and snapshots.is_of_launch(launch))
+        goes_on = goes_on or (bool(earlier) and snapshots.is_of_launch(earlier))
         newest = snapshots.newest_whole() if goes_on and workers.rank == 0 else None
     goes_on, newest = together.exchange((goes_on, newest))[0]  # rank 0's word counts
     if goes_on:
@@ -55,9 +56,10 @@ def begin_run(snapshots: Snapshots, start: ResumeState | None, workers: Workers)
         PlaceError: the folder cannot be written.
     """
     together = Together(workers)
+    names = {name for launch in together.exchange(builders.launch_of(os.environ)) for name in launch.names}
     with together.keeping():
         if workers.rank == 0:
-            snapshots.begin(start.iteration if start else None, builders.launch_of(os.environ)[0])
+            snapshots.begin(start.iteration if start else None, sorted(names))
     together.exchange(None)
 
 

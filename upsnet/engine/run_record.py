@@ -18,10 +18,10 @@ FILE_NAME = "snapshots.json"
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """launch: name of the launch in which the run goes on, empty for a plain one. iterations: of its snapshots,
+    """launch: names of the launch in which the run goes on, none for a plain one. iterations: of its snapshots,
     ascending. best, pq: the one of them with the best panoptic quality × 100; None before a test."""
 
-    launch: str = ""
+    launch: Sequence[str] = ()
     iterations: Sequence[int] = ()
     best: int | None = None
     pq: float | None = None
@@ -33,7 +33,7 @@ class RunRecord:
             PlaceError: it cannot be written.
         """
         path = folder / FILE_NAME
-        content = {"launch": self.launch, "snapshots": list(self.iterations), "best": self.best, "pq": self.pq}
+        content = {"launch": list(self.launch), "snapshots": list(self.iterations), "best": self.best, "pq": self.pq}
         with writing(path):
             folder.mkdir(parents=True, exist_ok=True)
             os.replace(write_temporary(path, json.dumps(content).encode()), path)
@@ -49,7 +49,9 @@ def read_run_record(folder: Path) -> RunRecord | None:
     path = folder / FILE_NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return RunRecord(content["launch"], sorted(map(int, content["snapshots"])), content["best"], content["pq"])
+        return RunRecord(
+            list(content["launch"]), sorted(map(int, content["snapshots"])), content["best"], content["pq"]
+        )
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

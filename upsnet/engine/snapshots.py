@@ -11,7 +11,7 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -91,12 +91,12 @@ class Snapshots:
         self._list(state.iteration)
         return weights_path
 
-    def begin(self, start: int | None, launch: str = "") -> None:
+    def begin(self, start: int | None, launch: Sequence[str] = ()) -> None:
         """Says which snapshots of the folder belong to the run that begins now, and removes what a killed one left.
 
         Args:
             start: the snapshot that it goes on from; later ones are replaced. None: it begins anew.
-            launch: its name, see `RunRecord`.
+            launch: its names, see `RunRecord`.
 
         Raises:
             PlaceError: the folder cannot be written.
@@ -114,10 +114,10 @@ class Snapshots:
                 record = replace(record, best=None, pq=None)
         replace(record, launch=launch).write(self.folder)
 
-    def is_of_launch(self, launch: str) -> bool:
-        """Whether the run in the folder was begun or taken up by this launch."""
+    def is_of_launch(self, names: Iterable[str]) -> bool:
+        """Whether the run in the folder was begun or taken up by a launch with one of these names."""
         record = read_run_record(self.folder)
-        return record is not None and record.launch == launch
+        return record is not None and not set(names).isdisjoint(record.launch)
 
     def newest_whole(self) -> Path | None:
         """The weights of the run's newest snapshot that is whole; damaged ones are named in a warning."""
