@@ -114,14 +114,14 @@ def test_a_lost_worker_is_replaced_by_torchrun(recipe, tmp_path):
     assert losses(whole) == losses(broken)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_sigterm_stops_after_the_step_with_a_snapshot(recipe, tmp_path, workers):
+@pytest.mark.parametrize("workers, number", [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_stops_after_the_step_with_a_snapshot(recipe, tmp_path, workers, number):
     out = tmp_path / "out"
-    # Loader processes, too, get the signal, as a cluster sends it.
+    # Loader processes, too, get the signal, as a cluster or a terminal sends it.
     with started(recipe, out, "dataset.num_workers=1", "train.max_iteration=2000", workers=workers) as process:
         wait_for(process, snapshot(out, 5).with_suffix(".state.pth"))
         began = time.monotonic()
-        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, number)
         code = process.wait(SECONDS)
     said = out.with_suffix(".err").read_text()
     assert code == 75 if workers == 1 else code != 0, said
