@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 
 from tests.processes import ROOT, clean_environment
 from tests.tiny import write_tiny
+from upsnet.engine.snapshots import check_whole
 
 pytestmark = pytest.mark.slow
 
@@ -140,3 +142,29 @@ def test_a_bad_image_ends_all_workers_in_one_sentence(recipe, tmp_path):
     code, said = finished(recipe, tmp_path / "skips", "train.bad_images=skip", workers=2)
     assert code == 0 and said.count("skipped, another image takes its place") == 1, said
     assert "1 bad images were skipped, " in said
+
+
+IN_SMALL_TMPFS = 'mount -t tmpfs -o size=150m none "$0" && "$@"; code=$?; cp -r "$0/." "$0.after"; exit $code'
+"""In a namespace of its own, in which anybody may mount: one snapshot of 90 MB has room, two have not."""
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0
+    if shutil.which("unshare")
+    else True,
+    reason="this system gives nobody a namespace to mount in",
+)
+def test_a_full_disk_ends_in_one_sentence_and_leaves_the_last_snapshot_whole(recipe, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    program = [sys.executable, str(PROGRAM), "--cfg", str(recipe), f"output_path={out}", *STEPS]
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", IN_SMALL_TMPFS, str(out), *program],
+        env=clean_environment(), capture_output=True, text=True, timeout=SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("No space left on device") == 1, done.stderr
+    assert "Traceback" not in done.stderr and "tiny_10" in done.stderr
+    left = snapshot(tmp_path / "out.after", 5)
+    assert check_whole(left)["iteration"] == 5
+    assert {path.name for path in left.parent.glob("*.pth")} == {left.name, "tiny_5.state.pth"}
+    assert not list(left.parent.glob(".*.tmp"))
