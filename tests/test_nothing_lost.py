@@ -120,7 +120,8 @@ def test_a_lost_worker_is_replaced_by_torchrun(recipe, tmp_path):
 def test_a_signal_stops_after_the_step_with_a_snapshot(recipe, tmp_path, workers, number):
     out = tmp_path / "out"
     # Loader processes, too, get the signal, as a cluster or a terminal sends it.
-    with started(recipe, out, "dataset.num_workers=1", "train.max_iteration=2000", workers=workers) as process:
+    changes = ("dataset.num_workers=1", "train.max_iteration=2000", "train.lr=0.0005")
+    with started(recipe, out, *changes, workers=workers) as process:
         wait_for(process, snapshot(out, 5).with_suffix(".state.pth"))
         began = time.monotonic()
         os.killpg(process.pid, number)

@@ -1,13 +1,18 @@
 """torch.distributed between two processes of this machine, by Gloo."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 
+import pytest
 import torch
+import torch.distributed as dist
 
 from tests.engine.toy import OPTIONS, Toy, batches, same_weights
 from tests.processes import run_workers
 from upsnet.engine.optimizer import build_optimizer
+from upsnet.engine.torch_workers import meeting_place
 from upsnet.engine.train import train
 
 TRAINING = """
@@ -44,6 +49,25 @@ def test_two_processes_train_like_one(tmp_path):
     train(alone, batches(1), build_optimizer(alone), replace(OPTIONS, accumulation=4))
     for name, tensor in alone.state_dict().items():
         torch.testing.assert_close(first.state_dict()[name], tensor, rtol=0, atol=1e-5)
+
+
+def test_workers_that_come_after_others_do_not_find_what_those_have_left():
+    """As after a restart by torchrun, which keeps its store; the first set dies while it meets."""
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=30))
+    for other in (1, 2):
+        store.set(f"upsnet/present/{other}", "of a worker that is gone")
+    for left in ("first", "second"):
+        with ThreadPoolExecutor(3) as pool:
+            places = list(pool.map(lambda rank: meeting_place(store, rank, 3), (0, 1, 2)))
+        assert not any(place.check(["address"]) for place in places)
+        places[0].set("address", left)
+        assert [place.get("address").decode() for place in places] == [left] * 3
+
+
+def test_a_worker_that_does_not_come_is_named():
+    with pytest.raises(TimeoutError, match=r"have not come: \[1\]"):
+        meeting_place(dist.HashStore(), 0, 2, patience=0.1)
 
 
 def _loaded(path):
