@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from upsnet.engine import torch_workers
 from upsnet.engine.running_statistics import RunningStatistics
 from upsnet.engine.shared_norms import share_norms
 from upsnet.engine.torch_workers import TorchWorkers
@@ -45,6 +46,7 @@ def test_their_statistics_need_no_exchange():
 
 def test_there_is_one_for_gpus_only(monkeypatch):
     monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch_workers, "rendezvous", lambda _: iter([(torch.distributed.HashStore(), 0, 1)]))
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "1")
     assert TorchWorkers(torch.device("cpu")).batch_norm is None
