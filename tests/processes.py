@@ -1,12 +1,16 @@
 """Several Python processes that work together, as a launcher starts them; none survives the test."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+"""Two workers."""
+
 SECONDS = 120
 """Processes that wait for each other for ever must not stop the tests."""
 
@@ -51,3 +55,17 @@ def run_workers(count: int, code: str, *arguments: object) -> list[str]:
     for process, (_, err) in zip(started, done, strict=True):
         assert process.returncode == 0, err
     return [out for out, _ in done]
+
+
+def run(*command: object, seconds: float = 180) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a process tree that does not outlive the test."""
+    process = subprocess.Popen(
+        [str(word) for word in command], cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=seconds)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, out, err

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.processes import ROOT, clean_environment
-from tests.test_torchrun import STEPS, TRAIN, told
+from tests.same_training import STEPS, TRAIN, assert_same_training
 from tests.tiny import write_tiny
 
 pytestmark = [
@@ -49,20 +49,6 @@ def wait_until(holds, process, log):
     while not holds():
         assert process.poll() is None and time.monotonic() < end, log.read_text()
         time.sleep(0.05)
-
-
-def assert_same_training(folder, other, steps):
-    """Trained weights and losses byte for byte; running statistics, which come from other sums, to 1e-5."""
-    one, two = (
-        torch.load(each / f"tiny/train/tiny_{steps}.pth", weights_only=True)["weights"] for each in (folder, other)
-    )
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        if "running_" in name:
-            torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-5)
-        else:
-            assert torch.equal(two[name], tensor), name
-    assert told(folder) == told(other) and len(told(folder)) == steps
 
 
 def test_horovodrun_on_two_workers_trains_like_one_with_twice_the_accumulation(tmp_path):

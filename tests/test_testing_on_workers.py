@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from tests.engine.thread_workers import together
-from tests.processes import ROOT
-from tests.test_torchrun import TORCHRUN, run
+from tests.processes import ROOT, TORCHRUN, run
 from tests.tiny import copy_run, upsnet
 from upsnet import builders, commands
 from upsnet.commands import testing, training

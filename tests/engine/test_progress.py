@@ -8,20 +8,11 @@ import pytest
 import torch
 
 from tests.engine.thread_workers import together
-from tests.engine.toy import OPTIONS, Toy, batches
-from upsnet.engine.log import TrainingLog, peak_memory
+from tests.engine.toy import OPTIONS, Recorder, Toy, batches
+from upsnet.engine.log import peak_memory
 from upsnet.engine.optimizer import build_optimizer
 from upsnet.engine.progress import Progress, StepValues
 from upsnet.engine.train import train
-
-
-class Recorder(TrainingLog):
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def line(self, record):
-        self.lines.append(record)
 
 
 def told(waits, caplog):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.engine.toy import IMAGES, OPTIONS, Toy, batch_of, batches, same_weights
+from tests.engine.toy import IMAGES, OPTIONS, Recorder, Toy, batch_of, batches, same_weights
 from upsnet.engine.bad_batch import TrainingError
 from upsnet.engine.log import TrainingLog
 from upsnet.engine.optimizer import build_optimizer
@@ -112,15 +112,6 @@ def test_losses_fall():
     )
     totals = [line["total"] for line in log.lines]
     assert totals[-1] < 0.5 * totals[0]
-
-
-class Recorder(TrainingLog):
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def line(self, record):
-        self.lines.append(record)
 
 
 class Poisoned(Toy):

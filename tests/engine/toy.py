@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from upsnet.engine.log import TrainingLog
 from upsnet.engine.options import LoopOptions
 from upsnet.structures.draws import SeededDraws, seed_of
 from upsnet.structures.results import Prediction, Segment, TrainingOutput, Truth
@@ -52,6 +53,17 @@ class Toy(nn.Module):
     def _predict(self, score: Tensor, i: int, batch: Batch) -> Prediction:
         segment_map = (score[0] > score[1]).int().numpy().astype(np.int32)
         return Prediction(batch.image_ids[i], batch.file_names[i], segment_map, [Segment(1, 0, 1, (0, 0, 1, 1))])
+
+
+class Recorder(TrainingLog):
+    """Keeps the lines instead of writing them."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def line(self, record):
+        self.lines.append(record)
 
 
 def image_of(image_id: int) -> Tensor:
