@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
@@ -47,6 +48,10 @@ class TorchWorkers:
     def share(
         self, network: nn.Module, optimizer: torch.optim.Optimizer, accumulation: int
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        # The first is about a name, the new one of which torch 2.11 does not know; the second about strides of dimensions
+        # with one element.
+        for message in ("`broadcast_buffers` is deprecated", "Grad strides do not match bucket view strides"):
+            warnings.filterwarnings("ignore", message)
         # Statistics of norms stay each worker's own, as in the original; `network.use_syncbn` makes them common.
         shared = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
         shared.register_comm_hook(None, _sum)
