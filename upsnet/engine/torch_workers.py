@@ -48,7 +48,7 @@ class TorchWorkers:
     def share(
         self, network: nn.Module, optimizer: torch.optim.Optimizer, accumulation: int
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        # The first is about a name, the new one of which torch 2.11 does not know; the second about strides of dimensions
+        # The first is about a name, whose successor torch 2.11 does not know; the second about strides of dimensions
         # with one element.
         for message in ("`broadcast_buffers` is deprecated", "Grad strides do not match bucket view strides"):
             warnings.filterwarnings("ignore", message)
